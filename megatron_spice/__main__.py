@@ -1,0 +1,129 @@
+"""The command line: `python -m megatron_spice COMMAND`.
+
+Everything a recipe can be wrong about is found here, before torch is imported and before a process is started; it ends
+with exit code 2 and a message on stderr. Only `train` loads the heavy stack, and loads it last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_spice import doctor, plan
+from megatron_spice.cluster.children import die_with_parent
+from megatron_spice.config.checks import check
+from megatron_spice.config.describe import reference, resolved
+from megatron_spice.config.errors import EXIT_CODE, ConfigError
+from megatron_spice.config.loader import load_config
+from megatron_spice.config.schema import Config
+
+RECIPE_HELP = "a YAML recipe; examples/ holds some"
+OVERRIDE_HELP = "settings that go over the recipe's, such as train.iterations=2"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for a recipe that cannot be run."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except ConfigError as error:
+        # Every rank of a job reads the same recipe; one of them complains.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron_spice: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_spice", description="SPICE self-play on Megatron-Core and SGLang.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _recipe_command(commands, "train", _train, "train a recipe (one rank; slurm/spice.sh starts them all)")
+    command = _recipe_command(commands, "plan", _plan, "print what a recipe would do; starts nothing")
+    command.add_argument("--nodes", type=_positive, default=1, help="number of nodes (default 1)")
+    command = _recipe_command(commands, "launch-env", _launch_env, "check a recipe; print what slurm/spice.sh needs")
+    command.add_argument("--nodes", type=_positive, default=1, help="number of nodes (default 1)")
+
+    command = commands.add_parser("config", help="print every setting, or a recipe with its defaults filled in")
+    command.add_argument("recipe", nargs="?", help=RECIPE_HELP)
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDE_HELP)
+    command.set_defaults(run=_config)
+
+    command = commands.add_parser("doctor", help="say what this machine has, and what is missing for which recipe")
+    command.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    command.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+    return parser
+
+
+def _recipe_command(commands: argparse._SubParsersAction, name: str, run: object, help: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help)
+    command.add_argument("recipe", help=RECIPE_HELP)
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDE_HELP)
+    command.set_defaults(run=run)
+    return command
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _load(options: argparse.Namespace) -> Config:
+    return load_config(options.recipe, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options)
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size is None:
+        raise ConfigError(
+            "`megatron_spice train` is one rank, started by torchrun (WORLD_SIZE is not set); "
+            f"start all of them with `bash slurm/spice.sh {options.recipe}`"
+        )
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if per_node != config.cluster.ranks_per_node:
+        raise ConfigError(
+            f"cluster.ranks_per_node={config.cluster.ranks_per_node}, but torchrun started {per_node} ranks on this node; "
+            f"give torchrun --nproc-per-node={config.cluster.ranks_per_node}, or start with slurm/spice.sh"
+        )
+    check(config, num_nodes=int(world_size) // per_node)
+    # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.
+    die_with_parent(os.getppid())
+    from megatron_spice.train import train
+
+    train(config)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = _load(options)
+    text, problems = plan.describe(config, options.nodes)
+    print(text)
+    if problems:
+        raise ConfigError(problems, options.recipe)
+    return 0
+
+
+def _launch_env(options: argparse.Namespace) -> int:
+    config = _load(options)
+    check(config, options.nodes)
+    print(plan.launch_environment(config))
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    if options.recipe is None:
+        print(reference())
+    else:
+        print(resolved(_load(options)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Saves and loads a run: weights, optimiser, corpus cursor and counters, in Megatron's layout-free torch_dist format.
+
+Everything random in a run derives from its seed and these counters (the corpus order, the game's choices), and the model
+has no dropout, so they are all the state there is besides the tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_spice.checkpoint import store
+from megatron_spice.checkpoint.hf_files import copy_small_files
+from megatron_spice.config.schema import CheckpointConfig
+
+
+class Trainable(Protocol):
+    """What is saved and loaded; `policy.Policy` is one."""
+
+    def model_state(self) -> dict[str, Any]: ...
+
+    def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]: ...
+
+    def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None: ...
+
+
+class Checkpointer:
+    """The checkpoints of one run. All ranks call every method together."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, hf_files: Path, is_writer: bool) -> None:
+        """
+        Args:
+            hf_files: folder with the model's config and tokenizer files, copied into every checkpoint.
+            is_writer: this rank does the renaming and removing.
+        """
+        self.folder = run_dir / "checkpoints"
+        self.config = config
+        self.hf_files = hf_files
+        self.is_writer = is_writer
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint to resume from, None for a fresh start (or with checkpoint.resume=never)."""
+        if self.config.resume == "never":
+            return None
+        whole = store.whole_checkpoints(self.folder)
+        return whole[-1] if whole else None
+
+    def is_due(self, iteration: int, last: int) -> bool:
+        """Whether iteration `iteration` (from 1) of `last` ends with a save."""
+        return iteration % self.config.every == 0 or iteration == last
+
+    def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
+        """Saves policy and run state (`state["iteration"]` names the folder) so that it is there whole or not at all."""
+        iteration = state["iteration"]
+        partial = self.folder / f"{store.name_of(iteration)}.partial"
+        if self.is_writer:
+            store.begin(self.folder, iteration)
+        dist.barrier()
+        save_tensors(policy, partial / store.WEIGHTS, with_optimizer=True)
+        dist.barrier()
+        if self.is_writer:
+            copy_small_files(self.hf_files, partial / store.HF)
+            store.finish(partial, state, self.config.keep)
+        dist.barrier()
+        return self.folder / store.name_of(iteration)
+
+
+def save_tensors(policy: Trainable, folder: Path, with_optimizer: bool) -> None:
+    """Writes the weights, and the optimiser if wanted, into an existing empty folder."""
+    model_state = policy.model_state()
+    state = {"model": model_state}
+    if with_optimizer:
+        state["optimizer"] = policy.optimizer_state(model_state)
+    dist_checkpointing.save(state, str(folder))
+
+
+def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> None:
+    """Loads a checkpoint's weights into whatever layout `policy` has, and the optimiser if wanted."""
+    model_state = policy.model_state()
+    state = {"model": model_state}
+    if with_optimizer:
+        state["optimizer"] = policy.optimizer_state(model_state, is_loading=True)
+    loaded = dist_checkpointing.load(state, str(checkpoint / store.WEIGHTS))
+    policy.load_state(loaded["model"], loaded.get("optimizer"))

@@ -1,0 +1,28 @@
+"""The small files of a Hugging Face model folder that travel with its weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+# Everything an engine or transformers needs besides the weights.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copies config, tokenizer and generation files."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in SMALL_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,82 @@
+"""Where a run's checkpoints lie and which of them are whole.
+
+    checkpoints/iteration_0000010/
+        weights/        Megatron's torch_dist files: model, and the optimiser when training can go on from here
+        hf/             config.json, tokenizer and generation files of the model
+        run_state.json  iteration, corpus cursor, recipe; written last inside a `.partial` folder that is then renamed
+
+The rename is what makes a checkpoint: whatever was interrupted before it leaves only a `.partial` folder, which nothing
+loads and the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"iteration_(\d{7})")
+STATE = "run_state.json"
+WEIGHTS = "weights"
+HF = "hf"
+
+
+def name_of(iteration: int) -> str:
+    return f"iteration_{iteration:07d}"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """An empty `.partial` folder to save into; leftovers of interrupted saves are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("iteration_*.partial"):
+        shutil.rmtree(leftover)
+    partial = folder / f"{name_of(iteration)}.partial"
+    (partial / WEIGHTS).mkdir(parents=True)
+    return partial
+
+
+def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
+    """Writes the run state, renames the folder to its final name, and removes all but the newest `keep`."""
+    (partial / STATE).write_text(json.dumps(state, indent=1, default=str))
+    final = partial.with_suffix("")
+    if final.exists():  # the same iteration saved again, after a resume from an earlier one
+        shutil.rmtree(final)
+    partial.rename(final)
+    for old in whole_checkpoints(partial.parent)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The run state of a whole checkpoint."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def hf_folder(model: Path) -> Path:
+    """The folder with config.json and tokenizer of `policy.model`, which is a Hugging Face folder or a checkpoint.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    for candidate in (model / HF, model):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{model} is neither a Hugging Face folder (config.json) nor a checkpoint (hf/config.json); convert one with "
+        f"tools/convert_checkpoint.py hf-to-megatron"
+    )
+
+
+def is_megatron(model: Path) -> bool:
+    """Whether `model` is a checkpoint of ours rather than a Hugging Face folder."""
+    return (model / WEIGHTS).is_dir() and (model / HF).is_dir()

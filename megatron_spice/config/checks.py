@@ -1,0 +1,183 @@
+"""What two rooms must agree on: ranks and layout, model and layout, prompts and context, paths and the commands behind them.
+
+Run before torch is imported and before a queue slot is used. Every message names the two numbers and which key to turn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.hf import ModelArchitecture, read_architecture
+from megatron_spice.config.schema import Config
+
+
+def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
+    """Judges a recipe as it would run on `num_nodes` nodes, and returns the architecture of its model.
+
+    Raises:
+        ConfigError: it cannot run; the message holds everything that is in the way.
+    """
+    problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config)
+    architecture = None
+    try:
+        architecture = read_architecture(config.policy.model)
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        problems += check_model(config, architecture) + check_corpus(config, architecture)
+    if problems or architecture is None:
+        raise ConfigError(problems)
+    return architecture
+
+
+def check_paths(config: Config) -> list[str]:
+    """Files that must be there, or must not; `policy.model` is judged where it is read."""
+    problems = []
+    if not config.corpus.path.is_dir():
+        found = "is not a folder" if config.corpus.path.exists() else "is not there"
+        problems.append(
+            f"corpus.path={config.corpus.path} {found}; make it with `python tools/preprocess_corpus.py TEXTS.jsonl "
+            f"--tokenizer HUGGING_FACE_FOLDER --output {config.corpus.path}`"
+        )
+    if config.run.dir.exists() and not config.run.dir.is_dir():
+        problems.append(f"run.dir={config.run.dir} is a file; name a folder, which is made when it is not there")
+    if config.telemetry.wandb_project and importlib.util.find_spec("wandb") is None:
+        problems.append(
+            f"telemetry.wandb_project={config.telemetry.wandb_project}: the wandb package is missing; "
+            "`.venv/bin/python -m pip install wandb`, or telemetry.wandb_project=null"
+        )
+    return problems
+
+
+def check_layout(config: Config, num_nodes: int) -> list[str]:
+    """Ranks against the policy's layout and against the engines."""
+    problems = []
+    policy, rollout, per_node = config.policy, config.rollout, config.cluster.ranks_per_node
+    ranks = num_nodes * per_node
+    shard = policy.tensor_parallel_size * policy.pipeline_parallel_size
+    if ranks % shard:
+        nodes = f"{num_nodes} node" + ("s" if num_nodes > 1 else "")
+        problems.append(
+            f"policy.tensor_parallel_size={policy.tensor_parallel_size} x policy.pipeline_parallel_size="
+            f"{policy.pipeline_parallel_size} = {shard} does not divide the {ranks} ranks ({nodes} x "
+            f"cluster.ranks_per_node={per_node}); make their product one of {_divisors(ranks)}, or change the ranks"
+        )
+    if per_node % rollout.engines_per_node:
+        problems.append(
+            f"rollout.engines_per_node={rollout.engines_per_node} does not divide cluster.ranks_per_node={per_node}; "
+            f"choose one of {_divisors(per_node)}"
+        )
+    if rollout.engines_per_node * rollout.tensor_parallel_size > per_node:
+        problems.append(
+            f"rollout.engines_per_node={rollout.engines_per_node} x rollout.tensor_parallel_size="
+            f"{rollout.tensor_parallel_size} engine ranks do not fit cluster.ranks_per_node={per_node}; lower one of them"
+        )
+    return problems
+
+
+def check_game(config: Config) -> list[str]:
+    """Numbers of the game that contradict each other."""
+    problems = []
+    game, train = config.game, config.train
+    if game.group_size < 2:
+        problems.append(f"game.group_size={game.group_size}: the mean of one is itself, so nothing is learned; give 2 or more")
+    if game.attempts < game.group_size:
+        problems.append(
+            f"game.attempts={game.attempts} is less than game.group_size={game.group_size}, so no group can be filled; "
+            f"give game.attempts={game.group_size} or more"
+        )
+    trajectories = 2 * train.passages * game.group_size
+    if train.optimizer_steps > trajectories:
+        problems.append(
+            f"train.optimizer_steps={train.optimizer_steps} is more than the {trajectories} trajectories an iteration can "
+            f"have (2 roles x train.passages={train.passages} x game.group_size={game.group_size}); lower it"
+        )
+    return problems
+
+
+def check_model(config: Config, architecture: ModelArchitecture) -> list[str]:
+    """The model's numbers against the layout and the prompts."""
+    problems = []
+    pipeline = config.policy.pipeline_parallel_size
+    for key, size in (
+        ("policy.tensor_parallel_size", config.policy.tensor_parallel_size),
+        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
+    ):
+        problems += _check_tensor_parallel(key, size, architecture)
+    if architecture.num_layers % pipeline:
+        problems.append(
+            f"policy.pipeline_parallel_size={pipeline} does not divide the model's num_hidden_layers="
+            f"{architecture.num_layers}; choose one of {_divisors(architecture.num_layers)}"
+        )
+    return problems + _check_context(config, architecture)
+
+
+def _check_tensor_parallel(key: str, size: int, architecture: ModelArchitecture) -> list[str]:
+    numbers = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_query_groups,
+        "intermediate_size": architecture.ffn_hidden_size,
+    }
+    fits = [n for n in _divisors(architecture.num_query_groups) if not any(number % n for number in numbers.values())]
+    return [
+        f"{key}={size} does not divide the model's {name}={number}; choose one of {fits}"
+        for name, number in numbers.items()
+        if number % size
+    ][:1]
+
+
+def _check_context(config: Config, architecture: ModelArchitecture) -> list[str]:
+    """A completion alone must leave room for a prompt; how long prompts are is known only when passages are read."""
+    problems = []
+    limit, longest = config.rollout.context_length, architecture.max_position_embeddings
+    if limit is not None and limit > longest:
+        problems.append(
+            f"rollout.context_length={limit} is more than the model's max_position_embeddings={longest}; lower it"
+        )
+    context = limit or longest
+    roles = ["challenger_max_tokens", "reasoner_max_tokens"]
+    if config.game.format_selection == "model" and config.game.prompt_style == "chat":
+        roles.append("selection_max_tokens")
+    for name in roles:
+        tokens = getattr(config.game, name)
+        if tokens >= context:
+            problems.append(
+                f"game.{name}={tokens} leaves no room for a prompt in a context of {context} tokens "
+                f"({'rollout.context_length' if limit else 'the model'}); give less than {context}"
+            )
+    return problems
+
+
+def check_corpus(config: Config, architecture: ModelArchitecture) -> list[str]:
+    """The corpus's own description (manifest.json) against the model: vocabulary, and passages against the context."""
+    path = config.corpus.path / "manifest.json"
+    if not config.corpus.path.is_dir():
+        return []
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary, longest = manifest["tokenizer"]["vocab_size"], manifest["options"]["max_tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            f"corpus.path={config.corpus.path}: its manifest.json cannot be read ({type(error).__name__}: {error}); "
+            "give a folder that tools/preprocess_corpus.py made"
+        ]
+    problems = []
+    if vocabulary > architecture.vocab_size:
+        problems.append(
+            f"corpus.path={config.corpus.path} was made with a vocabulary of {vocabulary}, policy.model={config.policy.model} "
+            f"has {architecture.vocab_size}; make the corpus again with this model as --tokenizer"
+        )
+    context = config.rollout.context_length or architecture.max_position_embeddings
+    if not config.game.no_corpus and longest + config.game.challenger_max_tokens >= context:
+        problems.append(
+            f"passages of up to {longest} tokens (corpus.path={config.corpus.path}) and game.challenger_max_tokens="
+            f"{config.game.challenger_max_tokens} do not fit a context of {context}; raise rollout.context_length (the model "
+            f"allows {architecture.max_position_embeddings}), or cut the corpus with a smaller --max-tokens"
+        )
+    return problems
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,153 @@
+"""Every setting of a run, documented where it stands. One class a room; `Config` is the tree that a recipe fills.
+
+Values that can be judged alone are judged here; what needs two rooms (a layout against the number of ranks, a prompt
+against the context length) is in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Precision = Literal["fp32", "bf16"]
+AnswerType = Literal["MCQ", "Integer", "Expression", "String"]
+ChallengerReward = Literal["variance", "threshold", "r_zero", "absolute_zero"]
+
+
+class Room(BaseModel):
+    """A group of settings; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class RunConfig(Room):
+    dir: Path = Field(description="Folder of this run: checkpoints, logs, metrics, episodes. An existing run is resumed.")
+
+
+class TrainConfig(Room):
+    iterations: PositiveInt = Field(640, description="T of Algorithm 1. [paper: 640]")
+    passages: PositiveInt = Field(128, description="B of Algorithm 1: passages an iteration. [paper: 128]")
+    optimizer_steps: PositiveInt = Field(
+        1, description="Optimiser steps an iteration's trajectories are split into; above 1 the ratio is clipped."
+    )
+    seed: int = Field(0, ge=0, description="Seeds the corpus order, every choice of the game and the model's randomness.")
+
+
+class CorpusConfig(Room):
+    path: Path = Field(description="Folder made by tools/preprocess_corpus.py.")
+
+
+class VerifierConfig(Room):
+    workers: PositiveInt = Field(1, description="Processes that run Math-Verify on each engine host.")
+    timeout: PositiveFloat = Field(2.0, description="Seconds one comparison may take before its worker is killed.")
+    memory_mb: PositiveInt = Field(1024, description="Address space of a worker, MiB.")
+    max_chars: PositiveInt = Field(1000, description="Longer extracted answers are wrong without being parsed.")
+
+
+class GameConfig(Room):
+    prompt_style: Literal["chat", "few_shot"] = Field(
+        "chat", description="`chat`: the paper's JSON prompts. `few_shot`: raw completion after worked examples (small models)."
+    )
+    answer_types: list[AnswerType] = Field(
+        ["MCQ", "Integer", "Expression", "String"], min_length=1, description="Kinds of task the Challenger may be asked for."
+    )
+    format_selection: Literal["model", "random"] = Field(
+        "model", description="Who chooses the kind of task for a passage; `few_shot` always draws it at random."
+    )
+    attempts: PositiveInt = Field(1024, description="N: most Challenger attempts a passage. [paper: 1024]")
+    attempt_chunk: PositiveInt = Field(8, description="Attempts sampled at a time until one is valid and there are G.")
+    group_size: PositiveInt = Field(8, description="G: attempts trained on a passage, and answers a task (K). [paper: 8]")
+    challenger_reward: ChallengerReward = Field("variance", description="Reward of a valid task by its pass rate.")
+    invalid_reward: float = Field(-0.1, description="rho: reward of an invalid attempt. [paper: -0.1]")
+    grounding: Literal["none", "span"] = Field(
+        "none", description="`span`: the answer must occur in the passage and not in the question (MCQ: the chosen option's text)."
+    )
+    reject_references: bool = Field(False, description="Reject questions that point at the passage (`in the text`, ...).")
+    fixed_challenger: bool = Field(False, description="Ablation: Challenger trajectories are not trained on.")
+    no_corpus: bool = Field(False, description="Ablation: the Challenger invents a task without a passage.")
+    challenger_max_tokens: PositiveInt = Field(4096, description="Longest Challenger completion.")
+    reasoner_max_tokens: PositiveInt = Field(4096, description="Longest Reasoner completion.")
+    selection_max_tokens: PositiveInt = Field(256, description="Longest format-selection completion.")
+    verifier: VerifierConfig = VerifierConfig()
+
+
+class RolloutConfig(Room):
+    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of both roles. [paper: 1.0]")
+    top_p: float = Field(1.0, gt=0, le=1)
+    tensor_parallel_size: PositiveInt = Field(1, description="Ranks of one engine.")
+    engines_per_node: PositiveInt = Field(1, description="Colocated engines on each node.")
+    passages_in_flight: PositiveInt = Field(8, description="Passages one engine plays at a time.")
+    max_running_requests: PositiveInt = Field(64, description="Requests an engine decodes together.")
+    max_total_tokens: PositiveInt = Field(16384, description="Tokens in an engine's KV cache (CPU engines).")
+    context_length: PositiveInt | None = Field(None, description="Longest prompt plus completion; None: the model's own.")
+    memory_fraction: float = Field(0.6, gt=0, lt=1, description="Share of accelerator memory for weights and KV cache.")
+    threads: PositiveInt | None = Field(None, description="CPU threads of an engine; None: the cores shared out.")
+    bucket_mb: PositiveInt = Field(256, description="Weights travel to the engines in buckets of this size, MiB.")
+    verify_sync: bool = Field(True, description="After each sync compare engine and policy log-probs on a fixed text.")
+    sync_tolerance: PositiveFloat | None = Field(
+        None, description="Largest mean absolute difference verify_sync accepts; None: 0.02 in fp32, 0.15 in bf16."
+    )
+    drift_alarm: PositiveFloat = Field(0.2, description="Warn when mean |engine - policy| log-prob passes this.")
+    start_timeout: PositiveFloat = Field(300.0, description="Seconds an engine may take to come up.")
+    request_timeout: PositiveFloat = Field(600.0, description="Seconds one request may take.")
+    seed: int = Field(0, ge=0, description="Seed of the engines' own sampling.")
+
+
+class PolicyConfig(Room):
+    model: Path = Field(description="Megatron checkpoint made by tools/convert_checkpoint.py, or a Hugging Face folder.")
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    precision: Precision = Field("bf16", description="bf16 keeps float32 master weights in the optimiser.")
+    learning_rate: PositiveFloat = Field(1e-6, description="Constant. [paper: 1e-6]")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
+    clip_ratio: PositiveFloat = Field(0.2, description="PPO clip of the ratio, used only with more than one optimiser step.")
+    loss_length: PositiveInt | None = Field(
+        None, description="L_max, the constant that DrGRPO divides token sums by; None: the larger of the roles' limits."
+    )
+    importance_cap: PositiveFloat | None = Field(
+        None, description="Truncated importance sampling: cap of policy/engine probability; None: off. [Oat: 2.0]"
+    )
+    tokens_per_microbatch: PositiveInt = Field(8192, description="Token budget of one packed row.")
+    shared_prefix: bool = Field(True, description="Compute a group's common prompt once.")
+    logprob_chunk: PositiveInt = Field(1024, description="Tokens whose vocabulary row exists at a time.")
+    recompute: Literal["none", "full"] = Field("none", description="`full`: keep only layer inputs, recompute the rest.")
+
+
+class CheckpointConfig(Room):
+    every: PositiveInt = Field(10, description="Save each so many iterations, and at the end.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    resume: Literal["auto", "never"] = Field("auto", description="`auto`: go on from the newest whole checkpoint of run.dir.")
+
+
+class ClusterConfig(Room):
+    ranks_per_node: PositiveInt = Field(8, description="Processes a node, one an accelerator.")
+    timeout: PositiveFloat = Field(1800.0, description="Seconds a collective or a wait for a peer may take.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TelemetryConfig(Room):
+    tensorboard: bool = True
+    wandb_project: str | None = Field(None, description="Log to this Weights & Biases project (needs the wandb package).")
+    episodes: bool = Field(True, description="Write every episode to episodes.jsonl.")
+
+
+class Config(Room):
+    """A whole recipe."""
+
+    run: RunConfig
+    train: TrainConfig = TrainConfig()
+    corpus: CorpusConfig
+    game: GameConfig = GameConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    policy: PolicyConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()

@@ -1,0 +1,248 @@
+"""Makes a corpus folder: documents in, shards, passage table and manifest out, streaming.
+
+The folder is written beside its place under another name and moved there when it is whole, so whoever sees it sees all
+of it. Reading, encoding (on all cores, inside the tokenizer) and writing go block by block.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_spice.corpus.inputs import InputFile
+from megatron_spice.corpus.manifest import PASSAGES_NAME, Manifest
+from megatron_spice.corpus.passages import PassageWriter
+from megatron_spice.corpus.readers import open_input, read_documents
+from megatron_spice.corpus.segment import cut
+from megatron_spice.corpus.shards import ShardWriter, ids_dtype
+from megatron_spice.corpus.tokenizer import TextTokenizer
+
+BLOCK_BYTES = 4 << 20
+BLOCK_DOCUMENTS = 4096
+MOST_SOURCES = 1 << 16
+
+
+class BadInput(ValueError):
+    """A broken line under --strict, or inputs that give no corpus."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How passages are cut and shards are closed; all in tokens."""
+
+    max_tokens: int = 5992
+    min_tokens: int = 32
+    shard_tokens: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"--min-tokens {self.min_tokens} and --max-tokens {self.max_tokens}: "
+                "the first must be at least 1 and at most the second"
+            )
+        if self.shard_tokens < 1:
+            raise ValueError(f"--shard-tokens {self.shard_tokens} must be at least 1")
+
+
+@dataclass
+class BuildProgress:
+    """What a build has done so far. `disk_bytes` is how much of the input files is read, `text_bytes` what it held."""
+
+    disk_bytes: int = 0
+    text_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    passages: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def build_corpus(
+    inputs: Sequence[InputFile],
+    tokenizer: TextTokenizer,
+    output: Path,
+    options: BuildOptions,
+    *,
+    command: Sequence[str] = (),
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+    on_bad_line: Callable[[str], None] = lambda message: None,
+    strict: bool = False,
+) -> Manifest:
+    """Write the corpus of the input files into `output`, which must not exist or be empty.
+
+    `on_progress` is called after each block, `on_bad_line` with `FILE:LINE: reason` for each line left out.
+
+    Raises:
+        BadInput: no passage came out, or (strict) a line is broken. Nothing is left behind, nor after any other error.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise BadInput(f"{output} is not empty; delete it or give another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    progress = BuildProgress()
+    try:
+        identities = [file.identity() for file in inputs]
+        with _CorpusWriter(partial, tokenizer, options, progress) as writer:
+            for block in _blocks(inputs, progress, on_bad_line, strict):
+                writer.add(block)
+                on_progress(progress)
+            if progress.passages == 0:
+                raise BadInput(_why_empty(len(inputs), progress, options))
+            manifest = writer.finish(identities, list(command))
+        manifest.write(partial)
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def same_request(
+    manifest: Manifest, inputs: Sequence[InputFile], tokenizer: TextTokenizer, options: BuildOptions
+) -> list[str]:
+    """In what an existing corpus differs from what is asked for; nothing: it is the same."""
+    wanted = {
+        "tokenizer": (manifest.tokenizer["hash"], tokenizer.vocab_hash),
+        "options": (manifest.options, vars(options)),
+        "inputs": (manifest.inputs, [file.identity() for file in inputs]),
+    }
+    return [name for name, (have, want) in wanted.items() if have != want]
+
+
+def _blocks(
+    inputs: Sequence[InputFile], progress: BuildProgress, on_bad_line: Callable[[str], None], strict: bool
+) -> Iterator[list[tuple[str, str]]]:
+    """(text, source label) of all inputs in blocks of bounded size."""
+    block: list[tuple[str, str]] = []
+    size = done = 0
+    for file in inputs:
+
+        def bad(line: int, reason: str, path: Path = file.path) -> None:
+            message = f"{path}:{line}: {reason}"
+            if strict:
+                raise BadInput(message)
+            progress.skipped["bad_lines"] += 1
+            on_bad_line(message)
+
+        opened = open_input(file.path)
+        with opened.raw:
+            for document in read_documents(file.path, opened, bad):
+                if not document.text.strip():
+                    progress.skipped["empty_documents"] += 1
+                    continue
+                block.append((document.text, document.source if document.source and not file.override else file.source))
+                size += len(document.text)
+                if size >= BLOCK_BYTES or len(block) >= BLOCK_DOCUMENTS:
+                    progress.disk_bytes = done + opened.raw.tell()
+                    yield block
+                    block, size = [], 0
+            done += opened.raw.tell()
+    progress.disk_bytes = done
+    yield block
+
+
+class _CorpusWriter:
+    """Shards, passage table and counts of a corpus being made."""
+
+    def __init__(self, folder: Path, tokenizer: TextTokenizer, options: BuildOptions, progress: BuildProgress):
+        self._folder, self._tokenizer, self._options, self._progress = folder, tokenizer, options, progress
+        self._dtype = ids_dtype(tokenizer.vocab_size)
+        self._table = PassageWriter(folder / PASSAGES_NAME)
+        self._shard: ShardWriter | None = None
+        self._shards: list[dict] = []
+        self._files: dict[str, dict] = {}
+        self._sources: dict[str, dict] = {}
+        self._source_ids: dict[str, int] = {}
+
+    def __enter__(self) -> _CorpusWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._table.abandon()
+        if self._shard is not None:
+            self._shard.abandon()
+
+    def add(self, block: list[tuple[str, str]]) -> None:
+        """Encode and write a block of (text, source label)."""
+        progress = self._progress
+        for (text, label), ids in zip(block, self._tokenizer.encode_batch([text for text, _ in block])):
+            source = self._source(label)
+            rows = self._segments(ids)
+            progress.skipped["short_documents"] += not rows
+            progress.text_bytes += len(text.encode())
+            progress.documents += 1
+            progress.tokens += len(ids)
+            progress.passages += len(rows)
+            source["documents"] += 1
+            source["tokens"] += len(ids)
+            source["passages"] += len(rows)
+            shard = self._open_shard(len(ids))
+            document = shard.add(np.array(ids, dtype=np.int32))
+            place = len(self._shards)
+            self._table.add([(place, document, offset, length, self._source_ids[label]) for offset, length in rows])
+
+    def finish(self, inputs: list[dict], command: list[str]) -> Manifest:
+        """Close all files; the manifest of what they hold."""
+        self._close_shard()
+        self._files[PASSAGES_NAME] = self._table.close()
+        progress = self._progress
+        return Manifest(
+            tokenizer={"hash": self._tokenizer.vocab_hash, "vocab_size": self._tokenizer.vocab_size},
+            dtype=self._dtype.name,
+            documents=progress.documents,
+            tokens=progress.tokens,
+            passages=progress.passages,
+            options=vars(self._options),
+            sources=list(self._sources.values()),
+            shards=self._shards,
+            files=self._files,
+            inputs=inputs,
+            skipped={reason: count for reason, count in progress.skipped.items() if count},
+            command=command,
+        )
+
+    def _segments(self, ids: list[int]) -> list[tuple[int, int]]:
+        options = self._options
+        if len(ids) <= options.max_tokens:
+            return [(0, len(ids))] if len(ids) >= options.min_tokens else []
+        text, starts = self._tokenizer.to_bytes(ids)
+        return cut(text, starts, options.max_tokens, options.min_tokens)
+
+    def _source(self, label: str) -> dict:
+        if label not in self._sources:
+            if len(self._sources) >= MOST_SOURCES:
+                raise BadInput(
+                    f"more than {MOST_SOURCES} different `source` labels; they are meant for kinds of text, "
+                    "not for single documents: give --source NAME to replace them"
+                )
+            self._source_ids[label] = len(self._sources)
+            self._sources[label] = {"name": label, "documents": 0, "tokens": 0, "passages": 0}
+        return self._sources[label]
+
+    def _open_shard(self, length: int) -> ShardWriter:
+        """The shard that takes a document of this length: a new one when the open one would grow past its limit."""
+        if self._shard is not None and self._shard.tokens + length > self._options.shard_tokens:
+            self._close_shard()
+        if self._shard is None:
+            self._shard = ShardWriter(self._folder / f"shard_{len(self._shards):05d}", self._dtype)
+        return self._shard
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            name = f"shard_{len(self._shards):05d}"
+            self._files.update(self._shard.close())
+            self._shards.append({"name": name, "documents": len(self._shard), "tokens": self._shard.tokens})
+            self._shard = None
+
+
+def _why_empty(files: int, progress: BuildProgress, options: BuildOptions) -> str:
+    return (
+        f"no passage in {files} input file{'s' * (files != 1)}: {progress.documents} documents, of them "
+        f"{progress.skipped['short_documents']} under --min-tokens {options.min_tokens}; "
+        f"{progress.skipped['empty_documents']} empty, {progress.skipped['bad_lines']} broken lines"
+    )

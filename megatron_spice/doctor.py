@@ -1,0 +1,1 @@
+def main(as_json): return 0

@@ -1,0 +1,191 @@
+"""One passage, played: Algorithm 1, lines 4 to 19, for one document [paper section 2].
+
+Each passage is a coroutine of its own, and nothing in it waits for another passage: the Reasoner answers one passage's tasks
+while the Challenger still writes another's, which keeps an engine's batch full without a barrier between the roles. Within a
+passage all tasks are answered at once. All choices derive from (seed, iteration, slot), so a passage that is played again, on
+any engine, makes the same choices.
+
+Attempts are sampled in chunks until one is valid and there are at least G, at most N: the paper's "up to 1024 attempts aiming
+for one valid" without always paying for 1024.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from megatron_spice.config.schema import GameConfig
+from megatron_spice.game.grounding import is_grounded
+from megatron_spice.game.groups import advantages, subsample
+from megatron_spice.game.prompts import PromptStyle
+from megatron_spice.game.records import (
+    Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Sampling, Task, Tokenizer,
+)  # fmt: skip
+from megatron_spice.game.rewards import challenger_reward, reasoner_reward
+from megatron_spice.game.styles import style_for
+from megatron_spice.game.validate import check_switches, read_attempt
+from megatron_spice.game.verify import Verifier
+
+T = TypeVar("T")
+
+
+async def play_passage(
+    passage: Passage,
+    *,
+    iteration: int,
+    slot: int,
+    engine: Generator,
+    tokenizer: Tokenizer,
+    verifier: Verifier,
+    config: GameConfig,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Episode:
+    """Plays one passage to the end.
+
+    Args:
+        slot: the passage's place in the iteration's batch.
+        engine: samples completions; whatever it raises (EngineError) ends the game of this passage unscored.
+        verifier: a started `Verifier`.
+        temperature: of both roles.
+
+    Returns:
+        The episode, rewards and advantages set on the Challenger's group and on the Reasoner's answers. Without any valid
+        attempt it has no answers, and the group's equal rewards give advantages of zero.
+    """
+    started = time.monotonic()
+    table = _Table(engine, tokenizer, verifier, config, style_for(config.prompt_style, tokenizer), temperature, top_p, (seed, iteration, slot))
+    answer_type = await _choose_type(table, passage)
+    attempts, timeouts = await _attempt(table, passage, answer_type)
+
+    group = subsample([attempt.task is not None for attempt in attempts], config.group_size, table.random("group"))
+    valid = [index for index in group if attempts[index].task is not None]
+    answers = dict(zip(valid, await _together([_answer(table, attempts[index].task, index) for index in valid])))
+    attempts = _score(attempts, group, answers, config)
+    if valid:
+        chosen = table.random("task").choice(valid)
+        attempts[chosen] = _as_reasoner_task(attempts[chosen])
+
+    timeouts += sum(answer.verdict.reason == "timeout" for group_answers in answers.values() for answer in group_answers)
+    return Episode(
+        iteration, slot, passage, config.prompt_style, answer_type, tuple(attempts), timeouts, time.monotonic() - started
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a game is played with."""
+
+    engine: Generator
+    tokenizer: Tokenizer
+    verifier: Verifier
+    config: GameConfig
+    style: PromptStyle
+    temperature: float
+    top_p: float
+    seeds: tuple[int, int, int]
+
+    def random(self, purpose: str) -> random.Random:
+        """A stream of its own for every choice: one more draw here moves none there."""
+        return random.Random(f"{self.seeds} {purpose}")
+
+    async def sample(self, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str) -> list[Completion]:
+        sampling = Sampling(self.temperature, limit, self.top_p, stop, self.random(purpose).getrandbits(31))
+        return await self.engine.generate(self.tokenizer.encode_prompt(prompt), count, sampling)
+
+
+async def _choose_type(table: _Table, passage: Passage) -> AnswerType:
+    """The kind of task: the model's choice if it is asked, can be read and is among those wanted, else drawn uniformly."""
+    config, kinds = table.config, table.config.answer_types
+    if config.format_selection == "model" and len(kinds) > 1 and not config.no_corpus:
+        prompt = table.style.selection_prompt(passage)
+        if prompt is not None:
+            [choice] = await table.sample(prompt, 1, config.selection_max_tokens, (), "selection")
+            kind = table.style.parse_selection(choice.text)
+            if kind in kinds:
+                return kind
+    return table.random("format").choice(kinds)
+
+
+async def _attempt(table: _Table, passage: Passage, answer_type: AnswerType) -> tuple[list[Attempt], int]:
+    """Challenger attempts, until one is valid and there are G, N at most; and the readings that timed out."""
+    config, style = table.config, table.style
+    prompt = style.challenger_prompt(None if config.no_corpus else passage, answer_type)
+    attempts: list[Attempt] = []
+    timeouts = 0
+    while len(attempts) < config.attempts:
+        if len(attempts) >= config.group_size and any(attempt.task is not None for attempt in attempts):
+            break
+        count = min(config.attempt_chunk, config.attempts - len(attempts))
+        purpose = f"challenger {len(attempts)}"
+        completions = await table.sample(prompt, count, config.challenger_max_tokens, style.challenger_stop, purpose)
+        judged = await _together([_judge(table, completion, passage, answer_type) for completion in completions])
+        attempts += [attempt for attempt, _ in judged]
+        timeouts += sum(timed_out for _, timed_out in judged)
+    return attempts, timeouts
+
+
+async def _judge(table: _Table, completion: Completion, passage: Passage, answer_type: AnswerType) -> tuple[Attempt, bool]:
+    """The attempt that a completion is, and whether reading its expression timed out."""
+    task = read_attempt(completion, answer_type, table.style)
+    if isinstance(task, InvalidReason):
+        return Attempt(completion, None, task), False
+    if task.answer_type == "Expression":
+        outcome = await table.verifier.read_expression(task.gold_answer)
+        if outcome != "ok":
+            return Attempt(completion, None, InvalidReason.BAD_EXPRESSION), outcome == "timeout"
+    grounded = None if table.config.no_corpus else is_grounded(task, passage.text)
+    invalid = check_switches(task, grounded, table.config)
+    if invalid is not None:
+        return Attempt(completion, None, invalid), False
+    return Attempt(completion, task, None, grounded), False
+
+
+async def _answer(table: _Table, task: Task, index: int) -> tuple[Answer, ...]:
+    """K = G answers of the Reasoner to one task, verified."""
+    config, style = table.config, table.style
+    completions = await table.sample(
+        style.reasoner_prompt(task), config.group_size, config.reasoner_max_tokens, style.reasoner_stop, f"reasoner {index}"
+    )
+    verdicts = await _together([table.verifier.verify(task, style.extract_answer(completion.text)) for completion in completions])
+    return tuple(
+        Answer(completion, verdict, reasoner_reward(verdict.correct)) for completion, verdict in zip(completions, verdicts)
+    )
+
+
+def _score(
+    attempts: Sequence[Attempt], group: list[int], answers: dict[int, tuple[Answer, ...]], config: GameConfig
+) -> list[Attempt]:
+    """The attempts, those of the group with answers, reward and advantage within the group."""
+    scored = list(attempts)
+    for index in group:
+        attempt = replace(scored[index], in_group=True, answers=answers.get(index, ()))
+        paid = config.invalid_reward if attempt.task is None else challenger_reward(config.challenger_reward, attempt.pass_rate)
+        scored[index] = replace(attempt, reward=paid)
+    for index, advantage in zip(group, advantages([scored[index].reward for index in group])):
+        scored[index] = replace(scored[index], advantage=advantage)
+    return scored
+
+
+def _as_reasoner_task(attempt: Attempt) -> Attempt:
+    """The attempt whose answers are the Reasoner's training group: the same answers that paid the Challenger."""
+    relative = advantages([answer.reward for answer in attempt.answers])
+    answers = tuple(replace(answer, advantage=advantage) for answer, advantage in zip(attempt.answers, relative))
+    return replace(attempt, answers=answers, is_reasoner_task=True)
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """`asyncio.gather`, but when one fails the others are cancelled and waited for instead of running on unseen."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

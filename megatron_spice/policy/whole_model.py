@@ -1,0 +1,76 @@
+"""The whole model in one process, without optimiser or ranks: what conversion and export need."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
+from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.schema import PolicyConfig
+from megatron_spice.policy import parallel
+from megatron_spice.policy.model import build_model
+from megatron_spice.weights.gather import Gatherer
+from megatron_spice.weights.load import load_hf
+from megatron_spice.weights.stage import Stage
+
+PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+
+
+class WholeModel:
+    """Use as a context manager: it owns a process group of one."""
+
+    def __init__(self, architecture: ModelArchitecture, hf_files: Path) -> None:
+        self.architecture = architecture
+        config = json.loads((hf_files / "config.json").read_text())
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        self.config = PolicyConfig(model=hf_files, precision=PRECISION.get(dtype, "bf16"))
+
+    def __enter__(self) -> WholeModel:
+        # A file, not a port: nothing here talks to another process.
+        self._rendezvous = tempfile.TemporaryDirectory()
+        dist.init_process_group("gloo", init_method=f"file://{self._rendezvous.name}/store", rank=0, world_size=1)
+        layout = parallel.ParallelLayout(1, 1, 1)
+        placement = parallel.initialize(layout, seed=0, timeout=60)
+        self.model = build_model(self.architecture, self.config, layout, placement, temperature=1.0)
+        self.stage = Stage(0, 1, self.architecture.num_layers)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        parallel.shutdown()
+        dist.destroy_process_group()
+        self._rendezvous.cleanup()
+
+    def load_hf(self, folder: Path) -> None:
+        """Weights from a Hugging Face folder."""
+        load_hf(dict(self.model.named_parameters()), folder, self.architecture, self.stage, 0, 1)
+
+    def load(self, checkpoint: Path) -> None:
+        """Weights from a checkpoint, of whatever layout."""
+        load_tensors(self, checkpoint, with_optimizer=False)
+
+    def save(self, folder: Path) -> None:
+        """Weights into an existing empty folder."""
+        save_tensors(self, folder, with_optimizer=False)
+
+    def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and tensors, one Megatron tensor at a time."""
+        for bucket in Gatherer(self.architecture, self.stage, 1).buckets(dict(self.model.named_parameters())):
+            yield from bucket.items()
+
+    # -- what save_tensors and load_tensors ask for ---------------------------------------------------------------
+
+    def model_state(self) -> dict[str, Any]:
+        return self.model.sharded_state_dict()
+
+    def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        raise NotImplementedError("a model without an optimiser has no optimiser state")
+
+    def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None:
+        self.model.load_state_dict(model_state)

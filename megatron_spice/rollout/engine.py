@@ -1,0 +1,71 @@
+"""What a rollout engine is to the rest of the house, whatever serves it.
+
+The pool and the weight sync talk to this protocol; `supervisor.py` implements it with an SGLang server, tests implement
+it with a few lines. An engine has memory of two kinds that sleep apart, because weights must be awake (to be written)
+before the KV cache is: `WEIGHTS` and `KV_CACHE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_spice.game.records import Completion, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "weights"
+KV_CACHE = "kv_cache"
+MEMORY = (WEIGHTS, KV_CACHE)
+
+
+class EngineError(RuntimeError):
+    """An engine did not do what it was asked: it is gone, it refused, or it took longer than it may."""
+
+
+class UpdatableEngine(Protocol):
+    """The verbs of a weight sync. They block, are called by one thread, and raise EngineError."""
+
+    def begin_update(self) -> None:
+        """Opens a weight update: no generation until `end_update`."""
+
+    def update_bucket(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Overwrites the weights with these Hugging Face names; they have been copied when it returns."""
+
+    def end_update(self, version: str) -> None:
+        """Closes the update; from here on completions carry `version`."""
+
+    def weight_version(self) -> str:
+        """The version of the last finished update."""
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities [length - 1] of `token_ids[1:]`, each given all before it, at temperature 1."""
+
+
+class Engine(UpdatableEngine, Protocol):
+    """One engine. Every method but the asynchronous ones blocks; all raise EngineError."""
+
+    def launch(self) -> None:
+        """Starts it without waiting."""
+
+    def wait_ready(self) -> None:
+        """Returns when it answers; finite."""
+
+    def close(self) -> None:
+        """Ends it and everything it started; may be called twice."""
+
+    def check(self) -> None:
+        """Raises EngineError when it has died."""
+
+    async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
+        """`num_samples` completions of one prompt."""
+
+    async def close_requests(self) -> None:
+        """Lets go of what `generate` holds on the running event loop."""
+
+    def sleep(self, kinds: Sequence[str] = MEMORY) -> None:
+        """Waits until it is idle and gives up these kinds of memory; those that sleep already are left alone."""
+
+    def wake(self, kinds: Sequence[str] = MEMORY) -> None:
+        """Takes these kinds of memory back."""

@@ -1,0 +1,77 @@
+"""Where engines live and with which settings: pure functions, so that a layout can be checked without starting one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_spice.config.schema import Precision, RolloutConfig
+from megatron_spice.cluster.topology import Topology
+
+
+def hosted_engine(local_rank: int, ranks_per_node: int, engines_per_node: int) -> int | None:
+    """Which of its node's engines this rank hosts, or None.
+
+    Engines are spread evenly: engine e belongs to local rank e * (ranks_per_node // engines_per_node), and the ranks up
+    to the next host lend it their accelerators.
+
+    Raises:
+        ValueError: there are more engines than ranks.
+    """
+    if engines_per_node > ranks_per_node:
+        raise ValueError(
+            f"rollout.engines_per_node={engines_per_node} is more than the {ranks_per_node} ranks of a node; "
+            f"set it to {ranks_per_node} or less"
+        )
+    engine, offset = divmod(local_rank, ranks_per_node // engines_per_node)
+    return engine if offset == 0 and engine < engines_per_node else None
+
+
+def threads_per_rank(config: RolloutConfig) -> int:
+    """CPU threads of each of an engine's tensor-parallel ranks: what is configured, else the cores shared out."""
+    if config.threads is not None:
+        return config.threads
+    return max(1, len(os.sched_getaffinity(0)) // (config.engines_per_node * config.tensor_parallel_size))
+
+
+def server_settings(
+    config: RolloutConfig, topology: Topology, precision: Precision, model: Path, *, port: int, rendezvous_port: int,
+    load_format: str = "dummy",
+) -> dict[str, Any]:  # fmt: skip
+    """What `sglang_server.py` gets: {"server": SGLang's own settings, "cpu_threads": int or None}.
+
+    `model` is a Hugging Face folder. With `load_format` "dummy" only its config and tokenizer are read: the weights
+    come by sync before anything is generated. "auto" reads its weights too.
+    """
+    server = {
+        "model_path": str(model),
+        "load_format": load_format,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision],
+        "host": "127.0.0.1",
+        "port": port,
+        "nccl_port": rendezvous_port,
+        "tp_size": config.tensor_parallel_size,
+        "mem_fraction_static": config.memory_fraction,
+        "max_running_requests": config.max_running_requests,
+        "context_length": config.context_length,
+        # Different engines must not sample the same completions.
+        "random_seed": config.seed + topology.rank,
+        # Ours waits for /ready and sends weights first; a warm-up would generate from random ones.
+        "skip_server_warmup": True,
+        "log_level": "info",
+        "log_level_http": "warning",
+    }
+    if topology.device == "cuda":
+        server |= {"base_gpu_id": topology.local_rank, "enable_memory_saver": True}
+        return {"server": server, "cpu_threads": None}
+    server |= {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_overlap_schedule": True,
+        "max_total_tokens": config.max_total_tokens,
+        # Between requests and while the trainer works the scheduler must not poll.
+        "sleep_on_idle": True,
+    }
+    return {"server": server, "cpu_threads": threads_per_rank(config)}

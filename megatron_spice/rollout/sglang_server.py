@@ -1,0 +1,83 @@
+"""The process that serves rollouts: one SGLang HTTP server, started by `supervisor.py` as a child of a training rank.
+
+    python -m megatron_spice.rollout.sglang_server '{"server": {...ServerArgs...}, "cpu_threads": 2, "cpu_attention": "batched"}'
+
+`cpu_threads` null means an accelerator. `cpu_attention` "native" is SGLang's own, for comparison.
+
+The API key comes in the environment, not among the arguments, which every user of the machine can read. SGLang spawns a
+scheduler (the model) and a detokenizer; spawning imports this module again in each of them, so what has to be true in
+every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins are) is arranged at import,
+before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py`, which only loads in here.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_spice.cluster.children import die_with_parent
+
+KEY_VARIABLE = "MEGATRON_SPICE_ENGINE_KEY"
+THREADS_VARIABLE = "MEGATRON_SPICE_ENGINE_THREADS"
+ATTENTION_VARIABLE = "MEGATRON_SPICE_ENGINE_ATTENTION"
+STUBS = Path(__file__).parent.parent / "cluster" / "stubs"
+
+
+def prepare_cpu_process(threads: int) -> None:
+    """Settings of a server process without an accelerator; before torch is imported, or OpenMP has read its own."""
+    os.environ.update(
+        SGLANG_USE_CPU_ENGINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        TORCHDYNAMO_DISABLE="1",  # no compiler is needed here, and looking for one costs seconds
+        # Workers that spin while they wait take the cores from the trainer and from each other.
+        OMP_WAIT_POLICY="PASSIVE",
+        GOMP_SPINCOUNT="0",
+        OMP_NUM_THREADS=str(threads),
+    )
+    if str(STUBS) not in sys.path:
+        sys.path.insert(0, str(STUBS))
+    import triton  # noqa: F401  the stand-in; torchvision cannot be imported before it
+
+
+def run_scheduler(*arguments: Any, **keywords: Any) -> None:
+    """SGLang's scheduler process, with our attention registered where there is no accelerator."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    if os.environ.get(ATTENTION_VARIABLE) == "batched":
+        from megatron_spice.rollout.cpu_attention import register
+
+        register()
+    run_scheduler_process(*arguments, **keywords)
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """Serves until told to stop; does not return before."""
+    threads = arguments.get("cpu_threads")
+    if threads:
+        os.environ[THREADS_VARIABLE] = str(threads)
+        os.environ[ATTENTION_VARIABLE] = arguments.get("cpu_attention", "batched")
+        prepare_cpu_process(threads)
+
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        server = ServerArgs(api_key=os.environ.pop(KEY_VARIABLE), **arguments["server"])
+        launch_server(server, run_scheduler_process_func=run_scheduler)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    main(json.loads(sys.argv[1]))
+elif __name__ == "__mp_main__":  # a process that SGLang spawned
+    _parent = multiprocessing.parent_process()
+    die_with_parent(_parent.pid if _parent else 0)
+    if os.environ.get(THREADS_VARIABLE):
+        prepare_cpu_process(int(os.environ[THREADS_VARIABLE]))

@@ -1,0 +1,196 @@
+"""An SGLang server as a child process: started, watched, stopped, restarted. `SglangEngine` is the `Engine` of real runs.
+
+A separate process, not a library in the trainer: it may crash, leak or be killed without taking training state with it,
+and it has its own torch threads. It listens on the loopback interface only and wants a key that is made for each start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_spice.cluster.children import Child
+from megatron_spice.cluster.ports import LOOPBACK, ReservedPort
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.schema import Precision, RolloutConfig
+from megatron_spice.game.records import Completion, Sampling
+from megatron_spice.rollout.client import EngineClient
+from megatron_spice.rollout.engine import MEMORY, EngineError
+from megatron_spice.rollout.placement import server_settings
+from megatron_spice.rollout.sglang_server import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    import torch
+
+_LOG_LINES = 25
+# What torchrun tells a training rank about its group; an engine that read it would join, or wait for, the trainers.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+_RANK_PREFIXES = ("LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "GOMP_")
+
+
+class SglangEngine:
+    """One engine of this rank.
+
+    Args:
+        model: Hugging Face folder: config and tokenizer, and weights if `load_format` is "auto".
+        log_path: the server's output, added to at each start.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        topology: Topology,
+        precision: Precision,
+        model: Path,
+        log_path: Path,
+        *,
+        load_format: str = "dummy",
+    ) -> None:
+        self.log_path = log_path
+        self._config = config
+        self._topology = topology
+        self._precision: Precision = precision
+        self._model = model
+        self._load_format = load_format
+        self._child: Child | None = None
+        self._ports: list[ReservedPort] = []
+        self._scratch: str | None = None
+        self._client: EngineClient | None = None
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    def launch(self) -> None:
+        """Starts the server and returns at once. From the main thread: the child dies with the thread that starts it."""
+        self.close()
+        self._ports = [ReservedPort(), ReservedPort()]
+        self._scratch = tempfile.mkdtemp(prefix="spice-engine-")
+        port, rendezvous_port = (reserved.number for reserved in self._ports)
+        settings = server_settings(
+            self._config, self._topology, self._precision, self._model,
+            port=port, rendezvous_port=rendezvous_port, load_format=self._load_format,
+        )  # fmt: skip
+        key = secrets.token_urlsafe(32)
+        self._child = Child(
+            [sys.executable, "-m", "megatron_spice.rollout.sglang_server", json.dumps(settings)],
+            log_path=self.log_path,
+            environment=_server_environment(key, self._scratch),
+        )
+        self._client = EngineClient(
+            f"http://{LOOPBACK}:{port}",
+            key,
+            request_timeout=self._config.request_timeout,
+            tensor_parallel_size=self._config.tensor_parallel_size,
+            diagnose=self._diagnosis,
+        )
+
+    def wait_ready(self) -> None:
+        """Returns when the server takes requests.
+
+        Raises:
+            EngineError: it died, or `rollout.start_timeout` passed; with the end of its log.
+        """
+        self._running().wait_ready(self._config.start_timeout, self.check)
+
+    def check(self) -> None:
+        """Raises EngineError with the end of the log if the server is not running."""
+        if self._child is None:
+            raise EngineError("the engine was not launched")
+        if self._child.exit_code() is not None:
+            raise EngineError(self._diagnosis())
+
+    def restart(self) -> None:
+        """A new server in place of this one, dead or alive; it has no weights until the next sync."""
+        self.launch()
+        self.wait_ready()
+
+    def close(self) -> None:
+        """Ends the server and all it started and removes its scratch files; the log stays. May be called twice."""
+        if self._child is not None:
+            self._child.stop()
+        for port in self._ports:
+            port.release()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._child, self._ports, self._scratch, self._client = None, [], None, None
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id and process group, None before `launch`."""
+        return self._child.pid if self._child else None
+
+    @property
+    def client(self) -> EngineClient:
+        """The connection to the running server."""
+        return self._running()
+
+    def _running(self) -> EngineClient:
+        if self._client is None:
+            raise EngineError("the engine was not launched")
+        return self._client
+
+    def _diagnosis(self) -> str:
+        """What an error message should say about the server: whether it runs, and the end of its log."""
+        if self._child is None:
+            return ""
+        code = self._child.exit_code()
+        state = "still runs" if code is None else f"has ended with exit code {code}"
+        tail = self._child.log_tail(_LOG_LINES)
+        return f"The engine {state}; the end of its log ({self.log_path}):\n{tail}"
+
+    # ---- the verbs of `Engine`, by the client -------------------------------------------------------------------
+
+    async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
+        """See `EngineClient.generate`."""
+        return await self._running().generate(prompt_ids, num_samples, sampling)
+
+    async def close_requests(self) -> None:
+        """See `EngineClient.close_requests`."""
+        if self._client is not None:
+            await self._client.close_requests()
+
+    def sleep(self, kinds: Sequence[str] = MEMORY) -> None:
+        """See `EngineClient.sleep`."""
+        self._running().sleep(kinds)
+
+    def wake(self, kinds: Sequence[str] = MEMORY) -> None:
+        """See `EngineClient.wake`."""
+        self._running().wake(kinds)
+
+    def begin_update(self) -> None:
+        """See `EngineClient.begin_update`."""
+        self._running().begin_update()
+
+    def update_bucket(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """See `EngineClient.update_bucket`."""
+        self._running().update_bucket(named_tensors)
+
+    def end_update(self, version: str) -> None:
+        """See `EngineClient.end_update`."""
+        self._running().end_update(version)
+
+    def weight_version(self) -> str:
+        """See `EngineClient.weight_version`."""
+        return self._running().weight_version()
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """See `EngineClient.score`."""
+        return self._running().score(token_ids)
+
+
+def _server_environment(key: str, scratch: str) -> dict[str, str]:
+    """This process's environment without what concerns training ranks, with the key, the package and a scratch folder."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
+    }
+    package_root = str(Path(__file__).resolve().parents[2])
+    path = [package_root, *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
+    return kept | {KEY_VARIABLE: key, "TMPDIR": scratch, "PYTHONPATH": os.pathsep.join(path)}

@@ -1,0 +1,163 @@
+"""The one table of names: which Hugging Face tensors make which Megatron tensor, and how it is split over ranks.
+
+Loading, offline conversion, export and the sync to the engines all read this table, so they cannot disagree. An entry is
+a Megatron name, the Hugging Face names it is made of, and a kind. A kind is two functions: `join` makes Megatron's whole
+tensor from the Hugging Face ones and `part` cuts it back; `split_dim` says along which axis tensor-parallel ranks hold
+slices of what `join` made (None: every rank holds all of it).
+
+QKV, as Megatron orders it: for each key-value group its query heads, then its key, then its value. Gated MLP: each rank
+holds its slice of the gate, then its slice of the up projection, so its whole is not a plain concatenation of slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.weights.vocabulary import padded_vocabulary
+
+Kind = Literal["replicated", "vocabulary", "column", "row", "qkv", "gated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One Megatron tensor. `layer` is its global layer number, None outside the layers.
+
+    `stage` says which pipeline stages hold it: "first", "last", "layer" (the one with the layer), or "both" (a tied
+    embedding: the first stage embeds with it, the last one predicts with a copy).
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: Kind
+    stage: Literal["first", "last", "layer", "both"]
+    layer: int | None = None
+
+
+def table(architecture: ModelArchitecture) -> list[Entry]:
+    """Every tensor of the model, first to last."""
+    entries = [
+        Entry(
+            "embedding.word_embeddings.weight",
+            ("model.embed_tokens.weight",),
+            "vocabulary",
+            "both" if architecture.tied_embeddings else "first",
+        )
+    ]
+    for layer in range(architecture.num_layers):
+        entries += _layer_entries(architecture, layer)
+    entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated", "last"))
+    if not architecture.tied_embeddings:
+        entries.append(Entry("output_layer.weight", ("lm_head.weight",), "vocabulary", "last"))
+    return entries
+
+
+def _layer_entries(architecture: ModelArchitecture, layer: int) -> list[Entry]:
+    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+
+    def entry(name: str, kind: Kind, *hf: str) -> Entry:
+        return Entry(ours + name, tuple(theirs + tensor for tensor in hf), kind, "layer", layer)
+
+    heads = ("q_proj", "k_proj", "v_proj")
+    entries = [
+        entry("input_layernorm.weight", "replicated", "input_layernorm.weight"),
+        entry("self_attention.linear_qkv.weight", "qkv", *(f"self_attn.{head}.weight" for head in heads)),
+        entry("self_attention.linear_proj.weight", "row", "self_attn.o_proj.weight"),
+        entry("pre_mlp_layernorm.weight", "replicated", "post_attention_layernorm.weight"),
+        entry("mlp.linear_fc1.weight", "gated", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        entry("mlp.linear_fc2.weight", "row", "mlp.down_proj.weight"),
+    ]
+    if architecture.qkv_bias:
+        entries.append(entry("self_attention.linear_qkv.bias", "qkv", *(f"self_attn.{head}.bias" for head in heads)))
+    if architecture.qk_norm:
+        entries.append(entry("self_attention.q_layernorm.weight", "replicated", "self_attn.q_norm.weight"))
+        entries.append(entry("self_attention.k_layernorm.weight", "replicated", "self_attn.k_norm.weight"))
+    return entries
+
+
+def split_for_rank(
+    entry: Entry, tensors: Sequence[torch.Tensor], architecture: ModelArchitecture, rank: int, size: int
+) -> torch.Tensor:
+    """The slice of one Megatron tensor that tensor-parallel rank `rank` of `size` holds.
+
+    Args:
+        tensors: the Hugging Face tensors, in the order of `entry.hf`.
+    """
+    if entry.kind == "replicated":
+        return tensors[0]
+    if entry.kind == "row":
+        return tensors[0].chunk(size, dim=1)[rank]
+    if entry.kind == "column":
+        return tensors[0].chunk(size, dim=0)[rank]
+    if entry.kind == "gated":
+        return torch.cat([tensor.chunk(size, dim=0)[rank] for tensor in tensors])
+    if entry.kind == "vocabulary":
+        return _pad_rows(tensors[0], padded_vocabulary(architecture.vocab_size, size)).chunk(size, dim=0)[rank]
+    return _join_qkv(tensors, architecture).chunk(size, dim=0)[rank]
+
+
+def merge_ranks(
+    entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture
+) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone."""
+    if entry.kind == "replicated":
+        return {entry.hf[0]: slices[0]}
+    if entry.kind == "row":
+        return {entry.hf[0]: torch.cat(list(slices), dim=1)}
+    if entry.kind == "column":
+        return {entry.hf[0]: torch.cat(list(slices))}
+    if entry.kind == "gated":
+        halves = [part.chunk(2) for part in slices]
+        return {name: torch.cat([half[index] for half in halves]) for index, name in enumerate(entry.hf)}
+    if entry.kind == "vocabulary":
+        return {entry.hf[0]: torch.cat(list(slices))[: architecture.vocab_size]}
+    return dict(zip(entry.hf, _part_qkv(torch.cat(list(slices)), architecture)))
+
+
+def hf_shapes(entry: Entry, architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:
+    """The shape each of the entry's Hugging Face tensors must have."""
+    a = architecture
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    rows = {
+        "q_proj": (queries, a.hidden_size),
+        "k_proj": (keys, a.hidden_size),
+        "v_proj": (keys, a.hidden_size),
+        "o_proj": (a.hidden_size, queries),
+        "gate_proj": (a.ffn_hidden_size, a.hidden_size),
+        "up_proj": (a.ffn_hidden_size, a.hidden_size),
+        "down_proj": (a.hidden_size, a.ffn_hidden_size),
+        "embed_tokens": (a.vocab_size, a.hidden_size),
+        "lm_head": (a.vocab_size, a.hidden_size),
+        "q_norm": (a.head_dim,),
+        "k_norm": (a.head_dim,),
+    }
+    shapes = {}
+    for name in entry.hf:
+        module, leaf = name.split(".")[-2:]
+        shape = rows.get(module, (a.hidden_size,))
+        shapes[name] = shape[:1] if leaf == "bias" else shape
+    return shapes
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - tensor.shape[0]
+    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def _join_qkv(tensors: Sequence[torch.Tensor], architecture: ModelArchitecture) -> torch.Tensor:
+    """[q], [k], [v] (weights [n d, h] or biases [n d]) to Megatron's interleaved order."""
+    groups = architecture.num_query_groups
+    rest = tensors[0].shape[1:]
+    return torch.cat([tensor.reshape(groups, -1, *rest) for tensor in tensors], dim=1).reshape(-1, *rest)
+
+
+def _part_qkv(joined: torch.Tensor, architecture: ModelArchitecture) -> list[torch.Tensor]:
+    a = architecture
+    rest = joined.shape[1:]
+    sizes = [a.num_attention_heads // a.num_query_groups * a.head_dim, a.head_dim, a.head_dim]
+    parts = joined.reshape(a.num_query_groups, -1, *rest).split(sizes, dim=1)
+    return [part.reshape(-1, *rest) for part in parts]

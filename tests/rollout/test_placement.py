@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.rollout.placement import hosted_engine, server_settings, threads_per_rank
+
+
+@given(st.integers(1, 64).flatmap(lambda ranks: st.tuples(st.just(ranks), st.integers(1, ranks))))
+def test_every_engine_has_one_host_and_an_equal_share_of_ranks(layout: tuple[int, int]) -> None:
+    ranks, engines = layout
+    hosts = [hosted_engine(rank, ranks, engines) for rank in range(ranks)]
+    assert [engine for engine in hosts if engine is not None] == list(range(engines))
+    places = [rank for rank, engine in enumerate(hosts) if engine is not None]
+    assert places == [engine * (ranks // engines) for engine in range(engines)]
+
+
+def test_more_engines_than_ranks_is_an_error_that_names_the_setting() -> None:
+    with pytest.raises(ValueError, match="rollout.engines_per_node=3.*set it to 2"):
+        hosted_engine(0, 2, 3)
+
+
+def settings(device: str, **config: object) -> dict:
+    topology = Topology(rank=5, world_size=8, local_rank=1, local_world_size=4, device=device)
+    return server_settings(RolloutConfig(**config), topology, "bf16", Path("m"), port=1, rendezvous_port=2)
+
+
+def test_an_engine_listens_on_loopback_only_and_gets_no_weights_from_disk() -> None:
+    for device in ("cpu", "cuda"):
+        server = settings(device)["server"]
+        assert server["host"] == "127.0.0.1" and server["load_format"] == "dummy" and server["dtype"] == "bfloat16"
+        assert "api_key" not in server  # other users of the machine can read a command line
+
+
+def test_engines_of_different_ranks_sample_differently() -> None:
+    assert settings("cpu", seed=10)["server"]["random_seed"] == 15
+
+
+def test_an_accelerated_engine_begins_at_its_hosts_device() -> None:
+    plan = settings("cuda")
+    assert plan["cpu_threads"] is None and plan["server"]["base_gpu_id"] == 1 and plan["server"]["enable_memory_saver"]
+
+
+def test_threads_are_what_is_configured_or_a_share_of_the_cores() -> None:
+    assert threads_per_rank(RolloutConfig(threads=3)) == 3
+    assert threads_per_rank(RolloutConfig(engines_per_node=1000)) == 1
