@@ -1,1 +1,191 @@
-def main(as_json): return 0
+"""What this machine has, what is missing for which recipe, and how to get it: `python -m megatron_spice doctor`.
+
+Packages are looked up by their metadata, not imported: the doctor must answer on machines where importing one of them
+would crash. The one question that needs an import, whether torch itself sees the GPUs, is asked in a child process, and
+only where `nvidia-smi` lists some.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_spice import machine
+from megatron_spice.config.checks import check
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.loader import load_config
+from megatron_spice.config.schema import Config
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+INSTALL = "bash install.sh"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row: `state` is "ok", "absent" (nothing lost that this machine could use), "missing" or "wrong"."""
+
+    name: str
+    state: str
+    value: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package the doctor looks for. `needed` is "always", "cuda" (on a GPU machine) or "never" (it only makes faster)."""
+
+    title: str
+    distributions: tuple[str, ...]
+    needed: str
+    purpose: str
+    remedy: str = INSTALL
+
+
+PACKAGES = (
+    Package("torch", ("torch",), "always", "tensors"),
+    Package("megatron-core", ("megatron-core",), "always", "the policy"),
+    Package("sglang", ("sglang",), "always", "rollouts"),
+    Package("transformers", ("transformers",), "always", "tokenizers, model folders"),
+    Package("math-verify", ("math-verify",), "always", "scores Integer and Expression answers"),
+    Package("tensorboard", ("tensorboard",), "always", "metrics (telemetry.tensorboard)"),
+    Package("transformer-engine", ("transformer-engine",), "cuda", "FP8 and fused layers"),
+    Package("flashinfer", ("flashinfer-python", "flashinfer"), "cuda", "SGLang's attention"),
+    Package("sglang kernels", ("sglang-kernel", "sgl-kernel"), "cuda", "SGLang's CUDA kernels"),
+    Package("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "never", "corpus loading", "pip install nvidia-dali-cuda130"),
+    Package("flash-attn", ("flash-attn",), "never", "attention of the policy", "pip install flash-attn --no-build-isolation"),
+    Package("gigatoken", ("gigatoken",), "never", "faster tokenising of corpora", "pip install gigatoken"),
+    Package("datatrove", ("datatrove",), "never", "corpus readers and filters", "pip install datatrove"),
+    Package("wandb", ("wandb",), "never", "metrics (telemetry.wandb_project)", "pip install wandb"),
+)
+APEX_REMEDY = "NVIDIA's is built from source: https://github.com/NVIDIA/apex"
+
+
+def main(as_json: bool = False) -> int:
+    """Prints the report and returns 0: an incomplete machine is a finding, not a failure."""
+    gpus = machine.accelerators()
+    report = {
+        "machine": [*_hardware(gpus), *_batch_system()],
+        "packages": [*(_package(package, bool(gpus)) for package in PACKAGES), _apex()],
+        "recipes": [_recipe(path, gpus) for path in sorted(EXAMPLES.glob("*.yaml"))],
+    }
+    if as_json:
+        print(json.dumps({name: [asdict(row) for row in rows] for name, rows in report.items()}, indent=2))
+    else:
+        print("\n\n".join(_table(name, rows) for name, rows in report.items()))
+    return 0
+
+
+def _hardware(gpus: list[machine.Accelerator]) -> list[Finding]:
+    cpu = machine.processor()
+    memory, shared = machine.memory_gib(), machine.shared_memory_gib()
+    rows = [
+        Finding("python", *_python()),
+        Finding("processor", "ok", f"{cpu['model']}, {cpu['cores']} usable cores"),
+        Finding("CPU features", "ok", " ".join(cpu["features"]) or "none of " + " ".join(machine.CPU_FEATURES)),
+        Finding("memory", "ok", f"{memory:.1f} GiB" if memory is not None else "unknown"),
+        _shared_memory(shared),
+    ]
+    if not gpus:
+        note = "nvidia-smi is there but lists none" if shutil.which("nvidia-smi") else "none (no nvidia-smi)"
+        return [*rows, Finding("accelerators", "absent", f"{note}; runs on the CPU")]
+    for gpu in gpus:
+        rows.append(Finding("accelerator", "ok", f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB, driver {gpu.driver}"))
+    return [*rows, _torch_sees(len(gpus))]
+
+
+def _python() -> tuple[str, str, str]:
+    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    return ("ok" if good else "wrong", platform.python_version(), "" if good else "3.10 to 3.12; SPICE_PYTHON names one")
+
+
+def _shared_memory(gib: float | None) -> Finding:
+    if gib is None:
+        return Finding("/dev/shm", "missing", "none", "weights travel to the engines through it: mount a tmpfs there")
+    if gib < 1:
+        return Finding("/dev/shm", "wrong", f"{gib:.2f} GiB", "too small for weights; for a container: --shm-size=16g")
+    return Finding("/dev/shm", "ok", f"{gib:.1f} GiB")
+
+
+def _torch_sees(expected: int) -> Finding:
+    """Whether torch can use what nvidia-smi lists; a driver that is too old shows here."""
+    counted = machine.output_of([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], timeout=120)
+    if counted is None:
+        return Finding("torch on CUDA", "missing", "torch cannot be imported", INSTALL)
+    if counted != str(expected):
+        return Finding("torch on CUDA", "wrong", f"torch sees {counted} of {expected} GPUs", "CUDA build of torch, newer driver?")
+    return Finding("torch on CUDA", "ok", f"torch sees {counted} GPUs")
+
+
+def _batch_system() -> list[Finding]:
+    slurm, runtimes = machine.slurm(), machine.container_runtimes()
+    return [
+        Finding("Slurm", "ok", slurm) if slurm else Finding("Slurm", "absent", "no sinfo; slurm/spice.sh runs on this machine"),
+        Finding("containers", "ok" if runtimes else "absent", ", ".join(runtimes) or "none"),
+    ]
+
+
+def _package(package: Package, has_gpu: bool) -> Finding:
+    found = machine.first_version(*package.distributions)
+    if found:
+        return Finding(package.title, "ok", found)
+    needed = package.needed == "always" or (package.needed == "cuda" and has_gpu)
+    remedy = package.remedy if needed or package.needed == "never" else ""
+    reason = "" if package.needed == "always" else "optional" if package.needed == "never" else "only for GPUs"
+    return Finding(package.title, "missing" if needed else "absent", ", ".join(filter(None, [reason, package.purpose])), remedy)
+
+
+def _apex() -> Finding:
+    apex = machine.apex()
+    if apex.state == "nvidia":
+        return Finding("Apex", "ok", apex.version or "found, version unknown")
+    if apex.state == "wrong":
+        return Finding(
+            "Apex",
+            "wrong",
+            f"apex {apex.version or '(unknown version)'} is another project of that name, not NVIDIA's (no apex.optimizers)",
+            f"pip uninstall apex. {APEX_REMEDY}",
+        )
+    return Finding("Apex", "absent", "optional, fused optimiser", f"not the apex on PyPI, another project; {APEX_REMEDY}")
+
+
+def _recipe(path: Path, gpus: list[machine.Accelerator]) -> Finding:
+    """Whether a recipe can run on one node like this machine, and if not, everything that is in its way."""
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        return Finding(path.name, "wrong", "; ".join(error.problems))
+    obstacles = _lacks(config, gpus)
+    try:
+        check(config)
+    except ConfigError as error:
+        obstacles += error.problems
+    kind = "cpu" if not gpus and config.cluster.device == "auto" else config.cluster.device
+    value = f"{kind}, {config.policy.precision}, {config.cluster.ranks_per_node} ranks a node"
+    if not obstacles:
+        return Finding(path.name, "ok", value)
+    if path.name == "quickstart.yaml" and not config.policy.model.exists():
+        return Finding(path.name, "missing", value, "its model and texts are not there yet: bash examples/quickstart.sh")
+    return Finding(path.name, "missing", value, "\n".join(obstacles))
+
+
+def _lacks(config: Config, gpus: list[machine.Accelerator]) -> list[str]:
+    lacks = []
+    for package in PACKAGES:
+        if package.needed == "always" and machine.first_version(*package.distributions) is None:
+            lacks.append(f"{package.title} is not installed: {package.remedy}")
+    if config.cluster.device == "cuda" and len(gpus) < config.cluster.ranks_per_node:
+        lacks.append(f"{config.cluster.ranks_per_node} GPUs a node (cluster.ranks_per_node), this machine has {len(gpus)}")
+    return lacks
+
+
+def _table(title: str, rows: list[Finding]) -> str:
+    name_width = max((len(row.name) for row in rows), default=0)
+    lines = [title]
+    for row in rows:
+        lines.append(f"  {row.name:<{name_width}}  {row.state:<7}  {row.value}")
+        lines += [f"  {'':<{name_width}}  {'':<7}    -> {line}" for line in row.remedy.splitlines()]
+    return "\n".join(lines)

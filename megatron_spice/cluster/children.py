@@ -93,19 +93,22 @@ class Child:
             return
         atexit.unregister(self.stop)
         grace = self._grace if grace is None else grace
-        if self._process.poll() is None and grace > 0:
-            with contextlib.suppress(ProcessLookupError):
-                # Only the leader: its own children must not see the signal before it has told them what to do.
-                self._process.send_signal(signal.SIGTERM)
+        if self._process.poll() is None:
+            # Only the leader: its own children must not see the signal before it has told them what to do.
+            self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        # Its children end with it, but one of them (multiprocessing's tracker) first removes what the others left behind.
+        self._wait_for_group(2.0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
         self._wait_for_group(5.0)
 
     def _wait_for_group(self, seconds: float) -> None:
-        """Grandchildren are reaped by init, a moment later; give it `seconds`."""
+        """Gives what is left of the group at most `seconds` to end."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and _group_runs(self.pid):
             time.sleep(0.02)

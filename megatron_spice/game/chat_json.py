@@ -1,7 +1,7 @@
 """The JSON object in a model's free text: the last one at top level, wherever prose or code fences stand around it.
 
-Models write LaTeX into JSON strings without doubling the backslash. `"\\frac"` then is either no JSON at all or, worse, a form
-feed and `rac`; backslashes that cannot be meant as escapes are therefore doubled before reading.
+Models write LaTeX into JSON strings without doubling the backslash. `"\\frac"` then is either no JSON at all or,
+worse, a form feed and `rac`; backslashes that cannot be meant as escapes are therefore doubled before reading.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-# An escape that may be meant as one is kept; b, f, r, t before a letter start a LaTeX command far more often than a tab.
+# What may be meant as an escape is kept; b, f, r, t before a letter begin a LaTeX command far more often than a tab.
 _ESCAPE = re.compile(r'\\(\\|"|/|u[0-9a-fA-F]{4}|n(?!eq\b|abla\b|u\b|otin\b)|[bfrt](?![a-zA-Z]))|\\')
 _DECODER = json.JSONDecoder(strict=False)
 _MOST_STARTS = 2000

@@ -1,7 +1,7 @@
 """What comes out of episodes: trajectories for the policy, numbers for the run log, a line for the reader.
 
-The line holds everything that a reward was computed from, so that rewards can be recomputed, and gold answers audited, from
-the log alone.
+The line holds everything that a reward was computed from, so that rewards can be recomputed, and gold answers
+audited, from the log alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ def trajectories(episodes: Sequence[Episode], config: GameConfig) -> list[Trajec
     for episode in episodes:
         if not config.fixed_challenger:
             group = _group(episode)
-            found += [_trajectory("challenger", attempt.completion, attempt.advantage, attempt.reward) for attempt in group]
-        found += [_trajectory("reasoner", answer.completion, answer.advantage, answer.reward) for answer in _trained_answers(episode)]
+            found += [
+                _trajectory("challenger", attempt.completion, attempt.advantage, attempt.reward) for attempt in group
+            ]
+        found += [
+            _trajectory("reasoner", answer.completion, answer.advantage, answer.reward)
+            for answer in _trained_answers(episode)
+        ]
     return found
 
 
@@ -43,11 +48,12 @@ def _trained_answers(episode: Episode) -> list[Answer]:
 
 
 def metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Numbers of an iteration. Shares and means of nothing are left out: an iteration without a valid task has no pass rate.
+    """Numbers of an iteration. Shares and means of nothing are left out: an iteration without a valid task has no
+    pass rate.
 
-    `challenger/valid_share`, `.../invalid/<reason>` are of all attempts, `challenger/reward` and `.../advantage_nonzero_share`
-    of the groups, `reasoner/pass_rate`, its histogram `reasoner/passed/<k>_of_<K>` and `mixed_share` (some right, some wrong)
-    of all answered tasks, `reasoner/reward` of the answers trained on.
+    `challenger/valid_share`, `.../invalid/<reason>` are of all attempts, `challenger/reward` and
+    `.../advantage_nonzero_share` of the groups, `reasoner/pass_rate`, its histogram `reasoner/passed/<k>_of_<K>` and
+    `mixed_share` (some right, some wrong) of all answered tasks, `reasoner/reward` of the answers trained on.
     """
     attempts = [attempt for episode in episodes for attempt in episode.attempts]
     group = [attempt for episode in episodes for attempt in _group(episode)]
@@ -88,7 +94,11 @@ def _challenger_metrics(attempts: Sequence[Attempt], group: Sequence[Attempt]) -
         "challenger/reward_of_valid": _mean([attempt.reward for attempt in group if attempt.task is not None]),
         "challenger/advantage_nonzero_share": _mean([attempt.advantage != 0.0 for attempt in group]),
         **_lengths("challenger", [attempt.completion for attempt in attempts]),
-        **{f"challenger/invalid/{reason.value}": invalid[reason] / len(attempts) for reason in InvalidReason if attempts},
+        **{
+            f"challenger/invalid/{reason.value}": invalid[reason] / len(attempts)
+            for reason in InvalidReason
+            if attempts
+        },
         **{f"challenger/kind/{kind}": count / len(valid) for kind, count in sorted(kinds.items())},
         # A Challenger that keeps putting the answer at one letter is paid for nothing: watch it.
         **{f"challenger/gold_letter/{letter}": letters[letter] / letters.total() for letter in LETTERS if letters},
@@ -106,7 +116,9 @@ def _reasoner_metrics(answered: Sequence[Attempt], trained: Sequence[Answer]) ->
         "reasoner/mixed_share": _mean([0.0 < rate < 1.0 for rate in rates]),
         "reasoner/reward": _mean([answer.reward for answer in trained]),
         "reasoner/advantage_nonzero_share": _mean([answer.advantage != 0.0 for answer in trained]),
-        "reasoner/no_answer_share": _mean([answer.verdict.extracted is None for attempt in answered for answer in attempt.answers]),
+        "reasoner/no_answer_share": _mean(
+            [answer.verdict.extracted is None for attempt in answered for answer in attempt.answers]
+        ),
         **_lengths("reasoner", [answer.completion for attempt in answered for answer in attempt.answers]),
         **{f"reasoner/passed/{count}_of_{most}": passed[count] / len(answered) for count in range(most + 1) if most},
         **{f"verifier/reason/{reason}": count / reasons.total() for reason, count in sorted(reasons.items())},
@@ -126,7 +138,12 @@ def episode_record(episode: Episode) -> dict[str, Any]:
     return {
         "iteration": episode.iteration,
         "slot": episode.slot,
-        "passage": {"index": passage.index, "document": passage.document, "source": passage.source, "text": passage.text},
+        "passage": {
+            "index": passage.index,
+            "document": passage.document,
+            "source": passage.source,
+            "text": passage.text,
+        },
         "prompt_style": episode.prompt_style,
         "answer_type": episode.answer_type,
         "seconds": round(episode.seconds, 3),
@@ -147,7 +164,9 @@ def _attempt_record(attempt: Attempt) -> dict[str, Any]:
         "in_group": attempt.in_group,
         "reward": attempt.reward,
         "advantage": attempt.advantage,
-        "task": {"question": task.question, "gold_answer": task.gold_answer, "answer_type": task.answer_type} if task else None,
+        "task": {"question": task.question, "gold_answer": task.gold_answer, "answer_type": task.answer_type}
+        if task
+        else None,
         "is_reasoner_task": attempt.is_reasoner_task,
         "answers": [_answer_record(answer) for answer in attempt.answers],
     }

@@ -1,9 +1,10 @@
 """Expressions before they meet the verifier: a cheap look at whether text can be one, and its LaTeX form.
 
-Math-Verify reads letters as products of variables, so `listen` equals `silent`, and it pulls the first number out of text
-that it cannot read, so `2*x` would equal 2. Both are kept from it here: words are refused unless they are known functions
-or Greek letters, and what it is given is always one whole LaTeX expression. Plain notation (`2*x**2`, `sqrt(x)`, `pi`) is
-translated first. This runs in the game's own process, so it is linear and bounded by `MAX_LENGTH`.
+Math-Verify reads letters as products of variables, so `listen` equals `silent`, and it pulls the first number out of
+text that it cannot read, so `2*x` would equal 2. Both are kept from it here: words are refused unless they are known
+functions or Greek letters, and what it is given is always one whole LaTeX expression. Plain notation (`2*x**2`,
+`sqrt(x)`, `pi`) is translated first. This runs in the game's own process, so it is linear and bounded by
+`MAX_LENGTH`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,33 @@ from megatron_spice.game.text import strip_latex
 
 MAX_LENGTH = 200
 _FUNCTIONS = {
-    *("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim max min gcd mod det sqrt frac dfrac tfrac").split(),
-    *("sum prod int binom infty cdot times div left right pm leq geq neq approx ldots over vec hat bar circ prime").split(),
+    *(
+        "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim max min gcd mod det sqrt frac "
+        "dfrac tfrac"
+    ).split(),
+    *(
+        "sum prod int binom infty cdot times div left right pm leq geq neq approx ldots over vec hat bar circ prime"
+    ).split(),
 }
 _GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega pi "
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+    "omega pi "
     "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()
 )
-_ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_=<>|!%.,:()\[\]{}\\'\u03b1-\u03c9\u0391-\u03a9\u2212\u00b7\u00d7\u00f7\u03c0\u221a\u2264\u2265\u221e\u00b2\u00b3]*")
+_ALLOWED = re.compile(
+    r"[A-Za-z0-9\s+\-*/^_=<>|!%.,:()\[\]{}\\'\u03b1-\u03c9\u0391-\u03a9\u2212\u00b7\u00d7\u00f7\u221a"
+    r"\u2264\u2265\u221e\u00b2\u00b3]*"
+)
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _SYMBOLS = {
     "\u2212": "-", "\u00b7": r"\cdot ", "\u00d7": r"\times ", "\u00f7": "/", "\u03c0": r"\pi ",
     "\u2264": r"\leq ", "\u2265": r"\geq ", "\u221e": r"\infty ", "\u00b2": "^2", "\u00b3": "^3",
 }  # fmt: skip
-_NAMES = re.compile(r"(?<![\\A-Za-z])(" + "|".join(sorted((_GREEK | _FUNCTIONS) - {"sqrt", "frac"}, key=len, reverse=True)) + r")(?![A-Za-z])")
+_NAMES = re.compile(
+    r"(?<![\\A-Za-z])("
+    + "|".join(sorted((_GREEK | _FUNCTIONS) - {"sqrt", "frac"}, key=len, reverse=True))
+    + r")(?![A-Za-z])"
+)
 _SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|\u221a\s*(?:\(([^()]*)\)|([0-9A-Za-z]+))")
 _LONG_POWER = re.compile(r"([\^_])(-?[0-9]{2,}|-[0-9A-Za-z])")
 _PAIRS = {")": "(", "]": "[", "}": "{"}
@@ -46,7 +60,12 @@ def _balanced(text: str) -> bool:
 def looks_mathematical(text: str) -> bool:
     """Whether `text` may be handed to the verifier as an expression: short, mathematical characters, no plain words."""
     text = strip_latex(text)
-    if not text or len(text) > MAX_LENGTH or not _ALLOWED.fullmatch(text) or not _balanced(text.replace("\\{", "").replace("\\}", "")):
+    if (
+        not text
+        or len(text) > MAX_LENGTH
+        or not _ALLOWED.fullmatch(text)
+        or not _balanced(text.replace("\\{", "").replace("\\}", ""))
+    ):
         return False
     if text.count("(") + text.count("{") > 40 or not re.search(r"[0-9A-Za-z\u03b1-\u03c9\u03c0\u221e]", text):
         return False
@@ -54,12 +73,17 @@ def looks_mathematical(text: str) -> bool:
 
 
 def looks_arithmetic(text: str) -> bool:
-    """Whether an answer to an Integer task is worth evaluating: digits and operators only, no variable, no factorial."""
+    """Whether an answer to an Integer task is worth evaluating: digits and operators only, no variable, no
+    factorial."""
     text = strip_latex(text)
     commands = set(re.findall(r"\\([A-Za-z]+)", text))
     bare = re.sub(r"\\[A-Za-z]+", "", text)
     known = {"frac", "dfrac", "tfrac", "cdot", "times", "div", "sqrt", "left", "right"}
-    return looks_mathematical(text) and commands <= known and not re.search(r"[A-Za-z!%=<>|]", re.sub(r"\bsqrt\b", "", bare))
+    return (
+        looks_mathematical(text)
+        and commands <= known
+        and not re.search(r"[A-Za-z!%=<>|]", re.sub(r"\bsqrt\b", "", bare))
+    )
 
 
 def to_latex(text: str) -> str:

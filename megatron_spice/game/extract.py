@@ -1,4 +1,5 @@
-"""Where a Reasoner's completion keeps its final answer: the last complete `\\boxed{...}`, or the line after `Answer:`."""
+"""Where a Reasoner's completion keeps its final answer: the last complete `\\boxed{...}`, or the line after
+`Answer:`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Is a task's answer in the passage, and not given away by its question?
 
-The paper checks neither: whatever the Challenger writes as the answer is gold. Measured on a small model that let nine tasks
-in ten drift away from the passage, so the share of grounded tasks is always counted, and `game.grounding: span` makes it a
-rule. It is a test of occurrence, not of truth: a passage's most frequent name is grounded in every question.
+The paper checks neither: whatever the Challenger writes as the answer is gold. Measured on a small model that let
+nine tasks in ten drift away from the passage, so the share of grounded tasks is always counted, and `game.grounding:
+span` makes it a rule. It is a test of occurrence, not of truth: a passage's most frequent name is grounded in every
+question.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from megatron_spice.game.options import split_options
 from megatron_spice.game.records import Task
 from megatron_spice.game.text import normalise
 
+_TEXT = r"(?:passage|text|document|article|excerpt|paragraph|extract|author)"
+_VERB = r"(?:say|state|mention|describe|list|give|report|note|suggest|claim)s?"
+_SAID = r"(?:mentioned|stated|described|given|listed|noted|provided)"
 _REFERENCE = re.compile(
-    r"\b(?:according to|based on|as (?:stated|mentioned|described|given|noted|listed) in|(?:mentioned|stated|described|given|listed|provided) in|in|from|of)\s+"
-    r"(?:the|this|that)\s+(?:above\s+|given\s+|provided\s+|following\s+)?(?:passage|text|document|article|excerpt|paragraph|extract)\b"
-    r"|\b(?:the|this)\s+(?:passage|text|document|article|excerpt|paragraph|author)\s+(?:say|state|mention|describe|list|give|report|note|suggest|claim)s?\b"
-    r"|\bas\s+(?:mentioned|stated|described|noted)\s+(?:above|earlier|before)\b|\b(?:mentioned|described|stated)\s+above\b",
+    rf"\b(?:according to|based on|in|from|of)\s+(?:the|this|that)\s+(?:(?:above|given|provided|following)\s+)?{_TEXT}\b"
+    rf"|\b(?:the|this)\s+{_TEXT}\s+{_VERB}\b"
+    rf"|\b{_SAID}\s+(?:above|earlier|before)\b",
     re.IGNORECASE,
 )
 
@@ -39,7 +42,8 @@ def occurs(answer: str, text: str) -> bool:
 
 
 def is_grounded(task: Task, passage: str) -> bool:
-    """Whether the gold answer (for MCQ the chosen option's text) occurs in the passage and not in the question's stem."""
+    """Whether the gold answer (for MCQ the chosen option's text) occurs in the passage and not in the question's
+    stem."""
     answer, question = task.gold_answer, task.question
     if task.answer_type == "MCQ":
         split = split_options(task.question)

@@ -26,7 +26,8 @@ def valid_count(valid: int, invalid: int, size: int) -> int:
 
 
 def subsample(validity: Sequence[bool], size: int, rng: random.Random) -> list[int]:
-    """Indices (rising) of the attempts that form the group: all of them up to `size`, else a ratio-preserving sample."""
+    """Indices (rising) of the attempts that form the group: all of them up to `size`, else a ratio-preserving
+    sample."""
     valid = [index for index, is_valid in enumerate(validity) if is_valid]
     invalid = [index for index, is_valid in enumerate(validity) if not is_valid]
     if len(validity) <= size:
@@ -36,7 +37,8 @@ def subsample(validity: Sequence[bool], size: int, rng: random.Random) -> list[i
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """`rewards` less their mean, without division by the deviation [paper Eq. 3, 4: DrGRPO]; equal rewards give exact zeros."""
+    """`rewards` less their mean, without division by the deviation [paper Eq. 3, 4: DrGRPO]; equal rewards give exact
+    zeros."""
     if not rewards or max(rewards) == min(rewards):
         return [0.0] * len(rewards)
     mean = math.fsum(rewards) / len(rewards)

@@ -1,8 +1,9 @@
 """Numbers as people write them: `1,234`, `12 000`, `12{,}000`, `3.5 million`, exactly and without evaluating anything.
 
-Both sides of the game need it. Grounding asks whether a number stands in a passage as a whole number (42 is not in 142
-nor in 42.5), the verifier whether a Reasoner's integer is the gold one; neither needs a computer algebra system, and the
-one that is used for the rest takes `100000!` for 100000 and 0.5 for 50 %. Values are `Fraction`s: no rounding.
+Both sides of the game need it. Grounding asks whether a number stands in a passage as a whole number (42 is not in
+142 nor in 42.5), the verifier whether a Reasoner's integer is the gold one; neither needs a computer algebra system,
+and the one that is used for the rest takes `100000!` for 100000 and 0.5 for 50 %. Values are `Fraction`s: no
+rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _MENTION = re.compile(rf"(?<![\w.,])({_DIGITS})(?!,?[0-9]){_SCALE}", re.IGNORECA
 _UNIT = r"(?:\s*(?:%|percent|[a-z]+(?:[/^][a-z0-9]+)*\.?(?:\s+[a-z]+\.?){0,2}))?"
 _QUANTITY = re.compile(rf"([+-]?)\s*(?:us\s*)?[$\u20ac\u00a3]?\s*({_DIGITS}){_SCALE}{_UNIT}", re.IGNORECASE)
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
-_NUMBER_WORDS = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|to|plus|minus|times)\b", re.I)
+_NUMBER_WORDS = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|to|plus|minus|times)\b", re.I
+)
 _MOST_DIGITS = 1000
 
 

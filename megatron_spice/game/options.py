@@ -14,10 +14,15 @@ from megatron_spice.game.text import normalise, strip_latex
 LETTERS = ("A", "B", "C", "D")
 _LINE_MARK = re.compile(r"^[ \t]*\(?([A-Z])[).:](?=\s)[ \t]*", re.MULTILINE)
 _INLINE_MARK = re.compile(r"(?<!\S)\(?([A-Z])\)\s*")
-_LEAK = re.compile(r"\s*\(?\b(?:the\s+)?(?:correct(?:\s+(?:answer|option|letter))?|answer)\s*(?:is\s*)?[:=]\s*\(?[A-D]\b.*\Z", re.I | re.S)
+_LEAK = re.compile(
+    r"\s*\(?\b(?:the\s+)?(?:correct(?:\s+(?:answer|option|letter))?|answer)\s*(?:is\s*)?[:=]\s*\(?[A-D]\b.*\Z",
+    re.I | re.S,
+)
 _BARE = re.compile(r"\(?([A-Da-d])\)?[).:]?")
 _WITH_TEXT = re.compile(r"(?:\(([A-D])\)|([A-D])[).:])\s*\S.*", re.DOTALL)
-_NAMED = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:option|answer|choice)(?:\s+is)?\s*:?\s+(.+)", re.IGNORECASE | re.DOTALL)
+_NAMED = re.compile(
+    r"(?:the\s+)?(?:correct\s+)?(?:option|answer|choice)(?:\s+is)?\s*:?\s+(.+)", re.IGNORECASE | re.DOTALL
+)
 
 
 def without_leaked_answer(question: str) -> str:
@@ -26,7 +31,8 @@ def without_leaked_answer(question: str) -> str:
 
 
 def split_options(question: str) -> tuple[str, dict[str, str]] | None:
-    """Stem and options of a multiple choice question, None unless there are four different ones, A) to D), after a stem."""
+    """Stem and options of a multiple choice question, None unless there are four different ones, A) to D), after a
+    stem."""
     for mark in (_LINE_MARK, _INLINE_MARK):
         marks = list(mark.finditer(question))
         if [match.group(1) for match in marks] != list(LETTERS):

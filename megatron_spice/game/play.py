@@ -1,12 +1,12 @@
 """One passage, played: Algorithm 1, lines 4 to 19, for one document [paper section 2].
 
-Each passage is a coroutine of its own, and nothing in it waits for another passage: the Reasoner answers one passage's tasks
-while the Challenger still writes another's, which keeps an engine's batch full without a barrier between the roles. Within a
-passage all tasks are answered at once. All choices derive from (seed, iteration, slot), so a passage that is played again, on
-any engine, makes the same choices.
+Each passage is a coroutine of its own, and nothing in it waits for another passage: the Reasoner answers one
+passage's tasks while the Challenger still writes another's, which keeps an engine's batch full without a barrier
+between the roles. Within a passage all tasks are answered at once. All choices derive from (seed, iteration, slot),
+so a passage that is played again, on any engine, makes the same choices.
 
-Attempts are sampled in chunks until one is valid and there are at least G, at most N: the paper's "up to 1024 attempts aiming
-for one valid" without always paying for 1024.
+Attempts are sampled in chunks until one is valid and there are at least G, at most N: the paper's "up to 1024
+attempts aiming for one valid" without always paying for 1024.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from megatron_spice.game.grounding import is_grounded
 from megatron_spice.game.groups import advantages, subsample
 from megatron_spice.game.prompts import PromptStyle
 from megatron_spice.game.records import (
-    Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Sampling, Task, Tokenizer,
+    Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Sampling, Task,
+    Tokenizer,
 )  # fmt: skip
 from megatron_spice.game.rewards import challenger_reward, reasoner_reward
 from megatron_spice.game.styles import style_for
@@ -54,12 +55,20 @@ async def play_passage(
         verifier: a started `Verifier`.
         temperature: of both roles.
 
-    Returns:
-        The episode, rewards and advantages set on the Challenger's group and on the Reasoner's answers. Without any valid
-        attempt it has no answers, and the group's equal rewards give advantages of zero.
+    Returns: The episode, rewards and advantages set on the Challenger's group and on the Reasoner's answers. Without
+        any valid attempt it has no answers, and the group's equal rewards give advantages of zero.
     """
     started = time.monotonic()
-    table = _Table(engine, tokenizer, verifier, config, style_for(config.prompt_style, tokenizer), temperature, top_p, (seed, iteration, slot))
+    table = _Table(
+        engine,
+        tokenizer,
+        verifier,
+        config,
+        style_for(config.prompt_style, tokenizer),
+        temperature,
+        top_p,
+        (seed, iteration, slot),
+    )
     answer_type = await _choose_type(table, passage)
     attempts, timeouts = await _attempt(table, passage, answer_type)
 
@@ -71,9 +80,18 @@ async def play_passage(
         chosen = table.random("task").choice(valid)
         attempts[chosen] = _as_reasoner_task(attempts[chosen])
 
-    timeouts += sum(answer.verdict.reason == "timeout" for group_answers in answers.values() for answer in group_answers)
+    timeouts += sum(
+        answer.verdict.reason == "timeout" for group_answers in answers.values() for answer in group_answers
+    )
     return Episode(
-        iteration, slot, passage, config.prompt_style, answer_type, tuple(attempts), timeouts, time.monotonic() - started
+        iteration,
+        slot,
+        passage,
+        config.prompt_style,
+        answer_type,
+        tuple(attempts),
+        timeouts,
+        time.monotonic() - started,
     )
 
 
@@ -94,13 +112,16 @@ class _Table:
         """A stream of its own for every choice: one more draw here moves none there."""
         return random.Random(f"{self.seeds} {purpose}")
 
-    async def sample(self, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str) -> list[Completion]:
+    async def sample(
+        self, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str
+    ) -> list[Completion]:
         sampling = Sampling(self.temperature, limit, self.top_p, stop, self.random(purpose).getrandbits(31))
         return await self.engine.generate(self.tokenizer.encode_prompt(prompt), count, sampling)
 
 
 async def _choose_type(table: _Table, passage: Passage) -> AnswerType:
-    """The kind of task: the model's choice if it is asked, can be read and is among those wanted, else drawn uniformly."""
+    """The kind of task: the model's choice if it is asked, can be read and is among those wanted, else drawn
+    uniformly."""
     config, kinds = table.config, table.config.answer_types
     if config.format_selection == "model" and len(kinds) > 1 and not config.no_corpus:
         prompt = table.style.selection_prompt(passage)
@@ -130,7 +151,9 @@ async def _attempt(table: _Table, passage: Passage, answer_type: AnswerType) -> 
     return attempts, timeouts
 
 
-async def _judge(table: _Table, completion: Completion, passage: Passage, answer_type: AnswerType) -> tuple[Attempt, bool]:
+async def _judge(
+    table: _Table, completion: Completion, passage: Passage, answer_type: AnswerType
+) -> tuple[Attempt, bool]:
     """The attempt that a completion is, and whether reading its expression timed out."""
     task = read_attempt(completion, answer_type, table.style)
     if isinstance(task, InvalidReason):
@@ -150,11 +173,18 @@ async def _answer(table: _Table, task: Task, index: int) -> tuple[Answer, ...]:
     """K = G answers of the Reasoner to one task, verified."""
     config, style = table.config, table.style
     completions = await table.sample(
-        style.reasoner_prompt(task), config.group_size, config.reasoner_max_tokens, style.reasoner_stop, f"reasoner {index}"
+        style.reasoner_prompt(task),
+        config.group_size,
+        config.reasoner_max_tokens,
+        style.reasoner_stop,
+        f"reasoner {index}",
     )
-    verdicts = await _together([table.verifier.verify(task, style.extract_answer(completion.text)) for completion in completions])
+    verdicts = await _together(
+        [table.verifier.verify(task, style.extract_answer(completion.text)) for completion in completions]
+    )
     return tuple(
-        Answer(completion, verdict, reasoner_reward(verdict.correct)) for completion, verdict in zip(completions, verdicts)
+        Answer(completion, verdict, reasoner_reward(verdict.correct))
+        for completion, verdict in zip(completions, verdicts)
     )
 
 
@@ -165,7 +195,11 @@ def _score(
     scored = list(attempts)
     for index in group:
         attempt = replace(scored[index], in_group=True, answers=answers.get(index, ()))
-        paid = config.invalid_reward if attempt.task is None else challenger_reward(config.challenger_reward, attempt.pass_rate)
+        paid = (
+            config.invalid_reward
+            if attempt.task is None
+            else challenger_reward(config.challenger_reward, attempt.pass_rate)
+        )
         scored[index] = replace(attempt, reward=paid)
     for index, advantage in zip(group, advantages([scored[index].reward for index in group])):
         scored[index] = replace(scored[index], advantage=advantage)

@@ -1,8 +1,9 @@
-"""What a prompt style is: everything about words. The rest of the game knows roles, tasks and answers, not how they are asked for.
+"""What a prompt style is: everything about words. The rest of the game knows roles, tasks and answers, not how they
+are asked for.
 
-`chat` asks an instruction-tuned model for JSON, as the paper does; `few_shot` lets a small or base model go on after worked
-examples. What a style must guarantee is the game's information asymmetry: `reasoner_prompt` is a function of the question
-alone, and text that is not ours (a passage, a question) stands in untrusted segments.
+`chat` asks an instruction-tuned model for JSON, as the paper does; `few_shot` lets a small or base model go on after
+worked examples. What a style must guarantee is the game's information asymmetry: `reasoner_prompt` is a function of
+the question alone, and text that is not ours (a passage, a question) stands in untrusted segments.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class PromptStyle(Protocol):
         """The task that a completion states; its answer is not judged yet."""
 
     def reasoner_prompt(self, task: Task) -> Prompt:
-        """Asks the question. Depends on `task.question` and on its being multiple choice, on nothing else of the task."""
+        """Asks the question. Depends on `task.question` and on its being multiple choice, on nothing else of the
+        task."""
 
     def extract_answer(self, text: str) -> str | None:
         """The final answer in a Reasoner's completion, None when there is none."""

@@ -1,4 +1,5 @@
-"""The paper's way of asking [section 3.1, appendix E]: an instruction-tuned model answers in JSON, the Reasoner in a box.
+"""The paper's way of asking [section 3.1, appendix E]: an instruction-tuned model answers in JSON, the Reasoner in a
+box.
 
 First the passage is judged: which kind of task suits it? Then comes the request for a hard task of that kind. The long
 requests are in `challenger_requests.py`; here is how they are wrapped, and how answers are read.
@@ -46,7 +47,8 @@ class ChatStyle:
         return self._wrap(Segment(requests.SELECTION), *self._document(passage))
 
     def parse_selection(self, text: str) -> AnswerType | None:
-        """The kind; None unless exactly one of the two booleans is true and a free-form kind is named where it must be."""
+        """The kind; None unless exactly one of the two booleans is true and a free-form kind is named where it must
+        be."""
         choice = last_object(text)
         if choice is None:
             return None

@@ -5,15 +5,21 @@ Measured on SmolLM2-135M: zero-shot JSON gave no valid task in 64, this form one
     Question: ...?
     Answer: ...
 
-(MCQ has four option lines between them); a blank line ends it and is the Challenger's stop string, so a completion holds
-exactly one. The kind of task is not asked for but drawn, and the Reasoner sees the same examples whatever the kind is, but
-for multiple choice, which shows in the question itself.
+(MCQ has four option lines between them); a blank line ends it and is the Challenger's stop string, so a completion
+holds exactly one. The kind of task is not asked for but drawn, and the Reasoner sees the same examples whatever the
+kind is, but for multiple choice, which shows in the question itself.
 """
 
 from __future__ import annotations
 
 from megatron_spice.game.extract import answer_line
-from megatron_spice.game.few_shot_examples import CHALLENGER, QUESTION_OPENING, REASONER_FREE_FORM, REASONER_MCQ, Example
+from megatron_spice.game.few_shot_examples import (
+    CHALLENGER,
+    QUESTION_OPENING,
+    REASONER_FREE_FORM,
+    REASONER_MCQ,
+    Example,
+)
 from megatron_spice.game.options import letter_of
 from megatron_spice.game.records import AnswerType, InvalidReason, Passage, Prompt, Segment, Task
 
@@ -36,7 +42,8 @@ class FewShotStyle:
         return None
 
     def challenger_prompt(self, passage: Passage | None, answer_type: AnswerType) -> Prompt:
-        """Examples with their passages, then this passage on one line (a blank line of its own would end an example)."""
+        """Examples with their passages, then this passage on one line (a blank line of its own would end an
+        example)."""
         examples = CHALLENGER[answer_type]
         opening = f"Question: {QUESTION_OPENING.get(answer_type, '')}".rstrip()
         if passage is None:
@@ -46,7 +53,8 @@ class FewShotStyle:
         return (Segment(worked + "Passage:"), Segment(" " + text, trusted=False), Segment("\n" + opening))
 
     def parse_task(self, text: str, answer_type: AnswerType) -> Task | InvalidReason:
-        """The task of a completion that goes on from the prompt; anything before, between or after its lines is unparsable."""
+        """The task of a completion that goes on from the prompt; anything before, between or after its lines is
+        unparsable."""
         text = QUESTION_OPENING.get(answer_type, "") + text
         lines = [line.strip() for line in text.strip().split("\n")]
         option_lines = _OPTION_LINES if answer_type == "MCQ" else 0

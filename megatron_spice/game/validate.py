@@ -1,9 +1,9 @@
 """Is a Challenger's completion a task? The paper's whole rule is "formatted correctly and parsable" [section 2.2].
 
-The checks go from the completion's form to the task's own rules, and the first that fails names the reason: whether it was
-cut, whether it parses (the prompt style's part), what its answer type demands, and last the switches that the paper does
-not have. Deterministic and in-process, but for one thing: whether an expression can be read is asked of the verifier's
-worker by `play.py`, since reading one can hang.
+The checks go from the completion's form to the task's own rules, and the first that fails names the reason: whether
+it was cut, whether it parses (the prompt style's part), what its answer type demands, and last the switches that the
+paper does not have. Deterministic and in-process, but for one thing: whether an expression can be read is asked of
+the verifier's worker by `play.py`, since reading one can hang.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def read_attempt(completion: Completion, answer_type: AnswerType, style: PromptS
 
 
 def check_switches(task: Task, grounded: bool | None, config: GameConfig) -> InvalidReason | None:
-    """The rules beyond the paper's: `game.grounding` and `game.reject_references`. `grounded` is None without a passage."""
+    """The rules beyond the paper's: `game.grounding` and `game.reject_references`. `grounded` is None without a
+    passage."""
     if config.grounding == "span" and grounded is False:
         return InvalidReason.UNGROUNDED
     if config.reject_references and refers_to_passage(task.question):

@@ -1,11 +1,14 @@
-"""Is the Reasoner's answer the gold one? Rules by answer type [paper section 2.5: Math-Verify for mathematics, else exact match].
+"""Is the Reasoner's answer the gold one? Rules by answer type [paper section 2.5: Math-Verify for mathematics, else
+exact match].
 
-What can be decided by looking is decided here: letters, normalised strings, whole numbers. Only what needs algebra goes to
-Math-Verify, which is slow, can hang, and is easily fooled by what is not mathematics, in a killable worker process. Every
-way of not knowing (nothing extracted, too long, timeout, crash) is a wrong answer that says so and is counted.
+What can be decided by looking is decided here: letters, normalised strings, whole numbers. Only what needs algebra
+goes to Math-Verify, which is slow, can hang, and is easily fooled by what is not mathematics, in a killable worker
+process. Every way of not knowing (nothing extracted, too long, timeout, crash) is a wrong answer that says so and is
+counted.
 
-The Integer rule is narrower than Math-Verify: a gold integer is met by a number of the same value, with or without a unit
-(`42`, `42.0`, `1{,}234 km`, `50%` for 50), or by arithmetic that yields it (`6 \\cdot 7`), never by a factorial, a variable or 0.5 for 50 %.
+The Integer rule is narrower than Math-Verify: a gold integer is met by a number of the same value, with or without a
+unit (`42`, `42.0`, `1{,}234 km`, `50%` for 50), or by arithmetic that yields it (`6 \\cdot 7`), never by a factorial,
+a variable or 0.5 for 50 %.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from megatron_spice.game.verify_pool import WorkerCrash, WorkerPool, WorkerTimeo
 
 
 class Verifier:
-    """Judges extracted answers. For one asyncio loop: `start`/`close` or `async with`; any number of `verify`s at a time.
+    """Judges extracted answers. For one asyncio loop: `start`/`close` or `async with`; any number of `verify`s at a
+    time.
 
     `counts` says how often each reason decided, since the start.
     """
@@ -55,8 +59,9 @@ class Verifier:
     async def verify(self, task: Task, answer: str | None) -> Verdict:
         """The verdict on an extracted answer (a prompt style's `extract_answer` finds it in a completion).
 
-        `reason`: "exact", "letter", "number" or "math" say how it was found right or compared; "different" that the forms
-        differ beyond comparing, "no_answer", "no_letter", "too_long", "timeout", "crashed" that there was nothing to compare.
+        `reason`: "exact", "letter", "number" or "math" say how it was found right or compared; "different" that the
+        forms differ beyond comparing, "no_answer", "no_letter", "too_long", "timeout", "crashed" that there was
+        nothing to compare.
         """
         correct, reason = await self._judge(task, answer)
         self.counts[reason] += 1

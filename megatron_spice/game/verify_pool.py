@@ -52,7 +52,9 @@ class _Worker:
             line = await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT)
         except asyncio.TimeoutError:
             await self.kill()
-            raise RuntimeError(f"a verifier worker did not come up in {START_TIMEOUT:.0f} s; is the machine overloaded?") from None
+            raise RuntimeError(
+                f"a verifier worker did not come up in {START_TIMEOUT:.0f} s; is the machine overloaded?"
+            ) from None
         except BaseException:
             await self.kill()
             raise
@@ -60,7 +62,8 @@ class _Worker:
             code = await self.kill()
             raise RuntimeError(
                 f"a verifier worker ended at its start (exit code {code}). Is math-verify installed, and is "
-                f"game.verifier.memory_mb={self._config.memory_mb} enough? Try: python -m megatron_spice.game.verify_worker 2 1024 $$"
+                f"game.verifier.memory_mb={self._config.memory_mb} enough? "
+                f"Try: python -m megatron_spice.game.verify_worker 2 1024 $$"
             )
 
     async def ask(self, request: dict[str, str | None]) -> bool:

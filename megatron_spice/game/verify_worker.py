@@ -1,11 +1,13 @@
-"""The process in which Math-Verify runs, one request at a time: `python -m megatron_spice.game.verify_worker TIMEOUT MEMORY_MB`.
+"""The process in which Math-Verify runs, one request at a time: `python -m megatron_spice.game.verify_worker TIMEOUT
+MEMORY_MB`.
 
-Reading and comparing expressions may take for ever and all memory (`9^{9^{9^9}}`), and no timeout inside a process can be relied
-on to end that. So this process expects to be killed: by the parent when a request takes too long, by its own alarm should
-the parent not come to it, by the kernel for memory or when its parent dies. It keeps no state worth saving.
+Reading and comparing expressions may take for ever and all memory (`9^{9^{9^9}}`), and no timeout inside a process
+can be relied on to end that. So this process expects to be killed: by the parent when a request takes too long, by
+its own alarm should the parent not come to it, by the kernel when its parent dies. It keeps no state worth saving.
+Memory past the limit is refused; sympy swallows that in most places, and what then cannot be computed is not equal.
 
-A request is a JSON line {"gold": latex, "prediction": latex or null}, null asking only whether gold can be read; the answer
-is {"result": true or false}. The first line out is {"ready": true}.
+A request is a JSON line {"gold": latex, "prediction": latex or null}, null asking only whether gold can be read; the
+answer is {"result": true or false}. The first line out is {"ready": true}.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -39,5 +42,42 @@ def build_optimizer(wrapped: DistributedDataParallel, config: PolicyConfig) -> M
         # Megatron leaves both to its learning-rate scheduler, which a constant rate does not need.
         group["lr"] = config.learning_rate
         group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    _start_state(optimizer)
     return optimizer
 
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Takes over an optimiser state that was loaded through `sharded_state_dict`.
+
+    With torch's Adam (no Transformer Engine, no Apex) Megatron-Core 0.16 cannot do it alone: it looks for a saved `step`
+    of each parameter where it has left `step` out, and it gives all parameters one `step` tensor, which torch then
+    advances once for each of them. So the moments are loaded while `step` is put aside, and every parameter gets its own.
+    """
+    parts = _parts(optimizer)
+    if not all(_is_torch_adam(part) for part in parts):
+        optimizer.load_state_dict(state)
+        return
+    for part, saved in zip(parts, [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]):
+        part.load_state_dict({key: value for key, value in saved.items() if key != "param_state"})
+        inner = part.optimizer.state
+        steps = {parameter: inner[parameter].pop("step") for parameter in inner}
+        part.load_parameter_state_from_fully_reshardable(saved["param_state"])
+        for parameter, step in steps.items():
+            inner[parameter]["step"] = step.clone()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_torch_adam(part: Any) -> bool:
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _start_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam its zero moments before the first step: Megatron cannot load into, or save, a state not there yet."""
+    for part in _parts(optimizer):
+        if _is_torch_adam(part):
+            for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}

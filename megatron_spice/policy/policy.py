@@ -25,7 +25,7 @@ from megatron_spice.policy import parallel
 from megatron_spice.policy.loss import LossSettings, row_loss
 from megatron_spice.policy.metrics import StepMetrics, UpdateMetrics
 from megatron_spice.policy.model import build_model
-from megatron_spice.policy.optimizer import SHARDING, build_optimizer, wrap
+from megatron_spice.policy.optimizer import SHARDING, build_optimizer, load_optimizer_state, wrap
 from megatron_spice.policy.packing import Row, plan_rows, split_steps
 from megatron_spice.policy.rows import RowTensors, row_tensors
 from megatron_spice.weights.gather import Gatherer
@@ -101,7 +101,7 @@ class Policy:
         if optimizer_state is None:
             self.optimizer.reload_model_params()
         else:
-            self.optimizer.load_state_dict(optimizer_state)
+            load_optimizer_state(self.optimizer, optimizer_state)
 
     # -- sharing the accelerator ----------------------------------------------------------------------------------
 

@@ -140,8 +140,8 @@ class EngineClient:
             status, text = self._http.call("POST", "/flush_cache")
             if status == 200:
                 return
-            if time.monotonic() > deadline:
-                raise self._http.failure("POST", "/flush_cache", f"was refused until the time was up: {text[:500]}")
+            if status != 400 or time.monotonic() > deadline:  # 400: not idle
+                raise self._http.failure("POST", "/flush_cache", f"was answered with {status}: {text[:500]}")
             time.sleep(0.05)
 
     def abort_all(self) -> None:

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,40 @@ def prepare_cpu_process(threads: int) -> None:
     import triton  # noqa: F401  the stand-in; torchvision cannot be imported before it
 
 
-def run_scheduler(*arguments: Any, **keywords: Any) -> None:
-    """SGLang's scheduler process, with our attention registered where there is no accelerator."""
+class _WhenReady:
+    """A pipe's sending end that first does something: SGLang sends once, when a scheduler is up."""
+
+    def __init__(self, pipe: Any, first: Callable[[], None]) -> None:
+        self._pipe = pipe
+        self._first = first
+
+    def send(self, message: Any) -> None:
+        self._first()
+        self._pipe.send(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def run_scheduler(
+    server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, pp_rank: int, dp_rank: int | None, pipe_writer: Any,
+    *rest: Any, **display: Any,
+) -> None:  # fmt: skip
+    """SGLang's scheduler process; takes the arguments of its `run_scheduler_process`.
+
+    It publishes its load in a file in /dev/shm that no ending of the server removes, not even an orderly one. Only load
+    balancers read it, so the name goes as soon as the scheduler has mapped the file.
+    """
+    from sglang.srt.managers.load_snapshot import shm_path_for
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     if os.environ.get(ATTENTION_VARIABLE) == "batched":
         from megatron_spice.rollout.cpu_attention import register
 
         register()
-    run_scheduler_process(*arguments, **keywords)
+    load_file = Path(shm_path_for(port_args.instance_id))
+    announcing = _WhenReady(pipe_writer, lambda: load_file.unlink(missing_ok=True))
+    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, pp_rank, dp_rank, announcing, *rest, **display)
 
 
 def main(arguments: dict[str, Any]) -> None:

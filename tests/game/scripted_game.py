@@ -11,7 +11,8 @@ GHANA = Passage(
     document=3,
     source="factbook",
     token_ids=(1, 2, 3),
-    text="Ghana, formerly the Gold Coast, became independent in 1957. Its capital is Accra, and 33,846,114 people live there.",
+    text="Ghana, formerly the Gold Coast, became independent in 1957. Its capital is Accra, "
+    "and 33,846,114 people live there.",
 )
 
 
@@ -19,7 +20,9 @@ class CodePoints:
     """A tokenizer whose ids are code points; a trusted piece is marked by a zero in front."""
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        return [number for segment in prompt for number in ([0] if segment.trusted else []) + [ord(c) for c in segment.text]]
+        return [
+            number for segment in prompt for number in ([0] if segment.trusted else []) + [ord(c) for c in segment.text]
+        ]
 
     def chat_wrapper(self, system: str | None) -> tuple[str, str]:
         return f"<system>{system}<user>", "<assistant>"

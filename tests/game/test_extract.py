@@ -50,7 +50,14 @@ def test_boxes_in_a_megabyte_take_no_time():
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [(" Accra", "Accra"), (" Accra\nQuestion: x", "Accra"), ("Answer: B\n", "B"), ("", None), ("  \nAccra", None), (" 1,234 ", "1,234")],
+    [
+        (" Accra", "Accra"),
+        (" Accra\nQuestion: x", "Accra"),
+        ("Answer: B\n", "B"),
+        ("", None),
+        ("  \nAccra", None),
+        (" 1,234 ", "1,234"),
+    ],
 )
 def test_answer_lines(text, answer):
     assert answer_line(text) == answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.rollout.supervisor import SglangEngine
+from tests.rollout.processes import processes, shared_memory
 
 if not torch.cuda.is_available():
     from megatron_spice.rollout.sglang_server import STUBS
@@ -22,10 +23,15 @@ if not torch.cuda.is_available():
 TEXT = "Ghana exports gold and cocoa. Its capital is Accra. Which river feeds the lake? The Volta does, in the east. "
 
 
-def make_engine(model: Path, log: Path, **settings: object) -> SglangEngine:
-    """A small engine, not launched."""
-    small = {"threads": 1, "max_total_tokens": 4096, "max_running_requests": 32, "request_timeout": 60.0}
-    return SglangEngine(RolloutConfig(**(small | settings)), Topology(), "fp32", model, log, load_format="auto")
+@pytest.fixture(scope="session")
+def new_engine(tiny_model: Path) -> Callable[..., SglangEngine]:
+    """Makes an engine that is not launched: `new_engine(log path, model=the tiny one)`."""
+
+    def make(log: Path, model: Path = tiny_model) -> SglangEngine:
+        small = RolloutConfig(threads=1, max_total_tokens=4096, max_running_requests=32, request_timeout=60.0)
+        return SglangEngine(small, Topology(), "fp32", model, log, load_format="auto")
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +64,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
-    """A running server with the tiny model's weights; leave it awake, idle and with those weights."""
-    served = make_engine(tiny_model, tmp_path_factory.mktemp("logs") / "engine.log")
+def engine(
+    new_engine: Callable[..., SglangEngine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SglangEngine]:
+    """A running server with the tiny model's weights; leave it awake, idle and with those weights.
+
+    Its orderly end is a test too: nothing of it may be left.
+    """
+    served = new_engine(tmp_path_factory.mktemp("logs") / "engine.log")
     served.launch()
     try:
         served.wait_ready()
         yield served
+        group = served.pid
+        assert group is not None
+        shared = shared_memory(*processes(group))
     finally:
         served.close()
+    assert not processes(group) and not [path for path in shared if path.exists()]

@@ -1,0 +1,33 @@
+"""A checkpoint is there whole or not at all."""
+
+from __future__ import annotations
+
+from megatron_spice.checkpoint import store
+
+
+def _save(folder, iteration, keep=2):
+    partial = store.begin(folder, iteration)
+    (partial / store.WEIGHTS / "data").write_text(str(iteration))
+    return store.finish(partial, {"iteration": iteration}, keep)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for iteration in (2, 4, 10, 6):
+        _save(tmp_path, iteration)
+    assert [path.name for path in store.whole_checkpoints(tmp_path)] == ["iteration_0000006", "iteration_0000010"]
+    assert store.read_state(store.whole_checkpoints(tmp_path)[-1]) == {"iteration": 10}
+
+
+def test_an_interrupted_save_is_never_taken_for_whole(tmp_path):
+    _save(tmp_path, 2)
+    store.begin(tmp_path, 4)  # and then the machine goes down
+    (tmp_path / "iteration_0000008").mkdir()  # a folder that somebody made by hand
+    assert [path.name for path in store.whole_checkpoints(tmp_path)] == ["iteration_0000002"]
+    _save(tmp_path, 4)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path):
+    _save(tmp_path, 2)
+    final = _save(tmp_path, 2)
+    assert (final / store.WEIGHTS / "data").read_text() == "2"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from megatron_spice.config.checks import check
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.loader import load_config
+
+
+def problems(recipe, *overrides: str, nodes: int = 1) -> list[str]:
+    config = load_config(recipe, list(overrides))
+    try:
+        check(config, nodes)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "ranks"), [(1, 1, 1), (1, 2, 2), (1, 2, 8), (3, 1, 3), (3, 2, 6), (1, 30, 30)])
+def test_layouts_that_fit(write_recipe, tensor, pipeline, ranks):
+    sizes = [f"policy.tensor_parallel_size={tensor}", f"policy.pipeline_parallel_size={pipeline}"]
+    assert problems(write_recipe(), *sizes, f"cluster.ranks_per_node={ranks}") == []
+
+
+def test_more_nodes_can_hold_what_one_cannot(write_recipe):
+    override = "policy.pipeline_parallel_size=6"
+    assert problems(write_recipe(), override, nodes=1)
+    assert not problems(write_recipe(), override, nodes=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["policy.pipeline_parallel_size=3"],
+            ["policy.pipeline_parallel_size=3", "= 3 does not divide the 2 ranks", "cluster.ranks_per_node=2", "[1, 2]"],
+        ),
+        (["policy.tensor_parallel_size=2"], ["policy.tensor_parallel_size=2", "num_attention_heads=9", "[1, 3]"]),
+        (
+            ["policy.pipeline_parallel_size=4", "cluster.ranks_per_node=4"],
+            ["policy.pipeline_parallel_size=4", "num_hidden_layers=30", "[1, 2, 3, 5, 6, 10, 15, 30]"],
+        ),
+        (
+            ["rollout.engines_per_node=3", "cluster.ranks_per_node=4"],
+            ["rollout.engines_per_node=3", "cluster.ranks_per_node=4", "[1, 2, 4]"],
+        ),
+        (["rollout.tensor_parallel_size=3"], ["rollout.tensor_parallel_size=3", "cluster.ranks_per_node=2"]),
+        (["game.attempts=4"], ["game.attempts=4", "game.group_size=8"]),
+        (["game.group_size=1"], ["game.group_size=1"]),
+        (["train.optimizer_steps=4096"], ["train.optimizer_steps=4096", "2048 trajectories"]),
+        (["rollout.context_length=9000"], ["rollout.context_length=9000", "max_position_embeddings=8192"]),
+        (["game.reasoner_max_tokens=8192"], ["game.reasoner_max_tokens=8192", "context of 8192"]),
+        (
+            ["rollout.context_length=4200", "game.challenger_max_tokens=4096"],
+            ["passages of up to 160 tokens", "game.challenger_max_tokens=4096", "context of 4200", "8192"],
+        ),
+        (["corpus.path=not/there"], ["corpus.path=not/there", "tools/preprocess_corpus.py", "--output not/there"]),
+        (["policy.model=not/there"], ["policy.model=not/there", "convert_checkpoint.py"]),
+    ],
+)
+def test_what_does_not_go_together_names_both_sides(write_recipe, overrides, parts):
+    found = problems(write_recipe(), *overrides)
+    assert len(found) == 1, found
+    for part in parts:
+        assert part in found[0]
+
+
+def test_the_run_folder_must_not_be_a_file(write_recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    (problem,) = problems(write_recipe())
+    assert "run.dir=" in problem and "is a file" in problem
+
+
+def test_a_corpus_of_another_tokenizer_is_noticed(write_recipe, tmp_path):
+    recipe = write_recipe()
+    manifest = {"tokenizer": {"vocab_size": 151936}, "options": {"max_tokens": 160}}
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = problems(recipe)
+    assert "151936" in problem and "49152" in problem
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"tokenizer": 3}'])
+def test_a_folder_that_is_no_corpus_is_noticed(write_recipe, tmp_path, content):
+    recipe = write_recipe()
+    path = tmp_path / "corpus" / "manifest.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    (problem,) = problems(recipe)
+    assert "manifest.json" in problem and "tools/preprocess_corpus.py" in problem
+
+
+def test_everything_missing_is_told_at_once(write_recipe, tmp_path):
+    recipe = write_recipe()
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "corpus")
+    assert len(problems(recipe, "game.attempts=2", "policy.tensor_parallel_size=4")) == 4

@@ -1,0 +1,22 @@
+"""Order of the tests: what takes milliseconds first, what starts processes and loads models last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+FIRST = ("config", "game", "corpus", "telemetry", "tools")
+LAST = ("weights", "checkpoint", "policy", "cluster", "rollout", "train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _rank(item.path.relative_to(ROOT).parts))
+
+
+def _rank(parts: tuple[str, ...]) -> int:
+    room = parts[0] if len(parts) > 1 else ""
+    if room in FIRST:
+        return FIRST.index(room)
+    return len(FIRST) + (1 + LAST.index(room) if room in LAST else 0)

@@ -1,0 +1,58 @@
+"""Laws of the packing plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_spice.game.records import Trajectory
+from megatron_spice.policy.packing import make_blocks, num_tokens, num_unshared_tokens, plan_rows, split_steps
+
+prompts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4, unique=True)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Trajectory]:
+    found = []
+    for prompt in draw(prompts):
+        for length in draw(st.lists(st.integers(0, 9), min_size=1, max_size=5)):
+            completion = (len(found),) * length
+            found.append(Trajectory("reasoner", prompt, completion, (0.0,) * length, 1.0, reward=len(found)))
+    return found
+
+
+@given(batches(), st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_every_trajectory_is_planned_once_on_equally_many_rows(batch, budget, ranks, shared):
+    plan = plan_rows(batch, budget, ranks, shared_prefix=shared)
+    assert len(plan) == ranks and len({len(rows) for rows in plan}) == 1
+    blocks = [block for rows in plan for row in rows for block in row]
+    assert Counter(t for block in blocks for t in block.trajectories) == Counter(batch)
+    assert all(t.prompt_ids == block.prompt_ids for block in blocks for t in block.trajectories)
+    for row in (row for rows in plan for row in rows):
+        alone = len(row) == 1 and len(row[0].trajectories) == 1
+        assert num_tokens(row) <= budget or alone
+
+
+@given(batches(), st.integers(1, 40))
+def test_sharing_never_costs_tokens(batch, budget):
+    shared = [(block,) for block in make_blocks(batch, budget, shared_prefix=True)]
+    assert sum(map(num_tokens, shared)) <= sum(map(num_unshared_tokens, shared))
+    whole = make_blocks(batch, 10**9, shared_prefix=True)
+    assert len(whole) == len({t.prompt_ids for t in batch})
+
+
+@given(batches(), st.integers(1, 6))
+def test_steps_split_whole_groups(batch, steps):
+    parts = split_steps(batch, steps)
+    assert Counter(t for part in parts for t in part) == Counter(batch)
+    assert 1 <= len(parts) <= steps and all(parts)
+    for prompt in {t.prompt_ids for t in batch}:
+        assert sum(any(t.prompt_ids == prompt for t in part) for part in parts) == 1
+
+
+def test_rows_are_balanced_by_cost():
+    batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate([9, 1, 5, 5])]
+    loads = [sum(map(num_tokens, rows)) for rows in plan_rows(batch, 1, 2)]
+    assert loads == [12, 12]

@@ -1,0 +1,174 @@
+"""The pool with engines that need no server: two ranks of gloo, each a process, each host of one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.game.records import Attempt, Completion, Episode, Passage, Sampling
+from megatron_spice.rollout.engine import EngineError
+from megatron_spice.rollout.pool import RolloutPool
+
+
+class FakeEngine:
+    """Answers after a moment; notes how many requests it had at a time."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay, self.running, self.most, self.life = delay, 0, 0, []
+        self.dead = False
+
+    def launch(self) -> None:
+        self.life.append("launch")
+
+    def wait_ready(self) -> None:
+        self.life.append("ready")
+
+    def close(self) -> None:
+        self.life.append("close")
+
+    def check(self) -> None:
+        if self.dead:
+            raise EngineError("the engine has ended")
+
+    def sleep(self, kinds: Any) -> None:
+        self.life.append(("sleep", tuple(kinds)))
+
+    def wake(self, kinds: Any) -> None:
+        self.life.append(("wake", tuple(kinds)))
+
+    async def close_requests(self) -> None:
+        self.life.append("close_requests")
+
+    async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(self.delay * random.random())
+        self.running -= 1
+        return [Completion(tuple(prompt_ids), (1,), (0.0,), "stop", "x")] * num_samples
+
+
+async def play(passage: Passage, iteration: int, slot: int, engine: FakeEngine) -> Episode:
+    if passage.text == "bad":
+        raise ValueError("a passage that cannot be played")
+    [completion] = await engine.generate(list(passage.token_ids), 1, Sampling(1.0, 1))
+    return Episode(iteration, slot, passage, "chat", "MCQ", (Attempt(completion, None, None),))
+
+
+def passages(count: int) -> list[Passage]:
+    return [Passage(100 + index, 0, "test", (index,), "") for index in range(count)]
+
+
+def single(engine: FakeEngine, **settings: Any) -> RolloutPool:
+    return RolloutPool(Topology(), dist.HashStore(), [engine], play, **({"passages_in_flight": 3} | settings))
+
+
+def test_one_rank_plays_all_in_order_and_no_more_at_a_time_than_it_may() -> None:
+    engine = FakeEngine(delay=0.01)
+    pool = single(engine)
+    pool.start()
+    for iteration in (1, 2):  # the second on the same loop
+        episodes = pool.play(iteration, passages(20))
+        assert [(e.iteration, e.slot, e.passage.index) for e in episodes] == [(iteration, i, 100 + i) for i in range(20)]
+    assert engine.most == 3 and pool.play(3, []) == []
+    pool.sleep()
+    pool.wake(["weights"])
+    pool.close()
+    pool.close()
+    assert engine.life[:4] == ["launch", "ready", ("sleep", ("weights", "kv_cache")), ("wake", ("weights",))]
+    assert engine.life.count("close_requests") == 1
+
+
+def test_a_passage_that_fails_is_an_error_and_the_pool_can_go_on() -> None:
+    pool = single(FakeEngine(delay=0.01))
+    bad = Passage(0, 0, "test", (1,), "bad")
+    with pytest.raises(EngineError, match="(?s)iteration 4 failed on 1 of 1 ranks.*cannot be played"):
+        pool.play(4, [*passages(5), bad, *passages(5)])
+    assert len(pool.play(5, passages(4))) == 4
+    pool.close()
+
+
+def test_an_engine_that_dies_silently_is_noticed() -> None:
+    engine = FakeEngine(delay=1000.0)
+    engine.dead = True
+    pool = single(engine)
+    with pytest.raises(EngineError, match="the engine has ended"):
+        pool.play(1, passages(2))
+    pool.close()
+
+
+def test_helpers_run_where_engines_are() -> None:
+    class Counter:
+        started = closed = 0
+
+        async def start(self) -> None:
+            self.started += 1
+
+        async def close(self) -> None:
+            self.closed += 1
+
+    helper, idle = Counter(), Counter()
+    pool = single(FakeEngine(), helpers=[helper])
+    pool.start()
+    pool.close()
+    RolloutPool(Topology(), dist.HashStore(), [], play, passages_in_flight=1, helpers=[idle]).start()
+    assert (helper.started, helper.closed, idle.started) == (1, 1, 0)
+
+
+def on_two_ranks(rank: int, store_path: str, folder: str, work: Callable[[int, dist.Store], None]) -> None:
+    store = dist.FileStore(store_path, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    try:
+        work(rank, dist.PrefixStore("test", store))
+    except BaseException:
+        (Path(folder) / f"rank{rank}.txt").write_text(traceback.format_exc())
+    finally:
+        dist.destroy_process_group()
+
+
+def two_ranks(rank: int, store: dist.Store) -> None:
+    topology = Topology(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
+
+    def pool(*engines: FakeEngine) -> RolloutPool:
+        made = RolloutPool(topology, store, engines, play, passages_in_flight=2)
+        made.start()
+        return made
+
+    # A slow engine and a fast one: all passages once, most of them by the fast one.
+    both = pool(FakeEngine(delay=0.2 if rank == 0 else 0.0))
+    episodes = both.play(1, passages(30))
+    assert [episode.slot for episode in episodes] == list(range(30))
+    # A failure on one rank is an error on both, and neither waits.
+    with pytest.raises(EngineError, match="(?s)iteration 2 failed.*cannot be played"):
+        both.play(2, [Passage(0, 0, "test", (1,), "bad"), *passages(30)])
+    assert len(both.play(3, passages(3))) == 3
+    both.close()
+
+    # Only the first rank hosts an engine; the other gets the episodes all the same.
+    store = dist.PrefixStore("one", store)
+    one = RolloutPool(topology, store, [FakeEngine()] if rank == 0 else [], play, passages_in_flight=2)
+    assert [episode.passage.index for episode in one.play(1, passages(7))] == list(range(100, 107))
+    one.close()
+
+    # An engine that does not come up stops both ranks.
+    class Broken(FakeEngine):
+        def wait_ready(self) -> None:
+            raise EngineError("no model there")
+
+    with pytest.raises(EngineError, match="(?s)starting the engines failed on 1 of 2 ranks.*rank 1.*no model there"):
+        pool(Broken() if rank == 1 else FakeEngine())
+
+
+def test_two_ranks_share_the_passages_and_the_failures(tmp_path: Path) -> None:
+    arguments = (str(tmp_path / "store"), str(tmp_path), two_ranks)
+    multiprocessing.spawn(on_two_ranks, args=arguments, nprocs=2)
+    assert not list(tmp_path.glob("rank*.txt")), "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))

@@ -1,0 +1,56 @@
+"""Random small models of every supported family, as Hugging Face folders, and the trajectories tests train them on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from megatron_spice.game.records import Trajectory
+
+VOCAB = 203  # odd on purpose: it has to be padded
+
+
+def make_model(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """4 layers, width 64, 4 heads in 2 groups."""
+    from megatron_spice.cluster import platform
+
+    platform.prepare("cpu")
+    import triton  # noqa: F401  declares what transformers' import of torchvision needs
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[family]
+    heads = {"head_dim": 24} if family == "qwen3" else {}
+    torch.manual_seed(seed)
+    model = model_class(
+        config_class(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.15, **heads,
+        )
+    )  # fmt: skip
+    with torch.no_grad():  # norms and biases that differ from their defaults, so that mixing them up shows
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def some_trajectories(groups: int = 4, size: int = 3, seed: int = 0) -> list[Trajectory]:
+    """Groups of both roles with uneven lengths; advantages sum to zero in each group, one group is all equal."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(groups):
+        role = "challenger" if number % 2 == 0 else "reasoner"
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(2, 20)))
+        for member in range(size):
+            completion = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 9)))
+            logprobs = tuple(-rng.random() * 3 for _ in completion)
+            advantage = 0.0 if number == 1 else (member - (size - 1) / 2) * 0.5
+            found.append(Trajectory(role, prompt, completion, logprobs, advantage, reward=0.0))
+    return found

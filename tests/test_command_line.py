@@ -1,0 +1,101 @@
+"""The command line as its users meet it: a process, its exit code, and what stands on stderr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "examples/quickstart.yaml"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_spice", *arguments],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "launch-env", "config"])
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.itertions=2", ["train.itertions=2", "train.iterations"]),
+        ("policy.precision=int3", ["policy.precision=int3", "fp32, bf16"]),
+    ],
+)
+def test_a_wrong_recipe_ends_with_2_and_says_what_to_do(command, override, parts):
+    done = run(command, QUICKSTART, override)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_recipe_is_refused_before_torch_is_imported():
+    code = (
+        "import sys; from megatron_spice.__main__ import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'numpy', 'transformers', 'megatron'} & set(sys.modules); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "train", QUICKSTART, "policy.precision=int3"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 2
+
+
+def test_an_impossible_plan_is_printed_and_refused():
+    done = run("plan", QUICKSTART, "policy.pipeline_parallel_size=4")
+    assert done.returncode == 2
+    assert "policy.pipeline_parallel_size=4" in done.stderr
+    assert "pipeline_parallel_size: 4" in done.stdout
+
+
+def test_a_plan_shows_every_rank_once(tmp_path):
+    done = run("plan", QUICKSTART, "cluster.ranks_per_node=4", "policy.tensor_parallel_size=2", "--nodes", "2")
+    table = done.stdout.partition("rank  node")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [tuple(map(int, line.split())) for line in table]
+    assert [row[0] for row in rows] == list(range(8))
+    assert [row[1] for row in rows] == [0] * 4 + [1] * 4
+    assert len({row[3:] for row in rows}) == 8
+    assert "tensor 2 x data 2 x pipeline 2" in done.stdout
+
+
+def test_config_prints_a_recipe_that_loads_again(tmp_path):
+    done = run("config", QUICKSTART, "train.iterations=3")
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["train"]["iterations"] == 3
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert run("config", str(tmp_path / "again.yaml")).stdout == done.stdout
+
+
+def test_training_without_torchrun_says_how_to_start_it():
+    done = run("train", QUICKSTART)
+    assert done.returncode == 2
+    assert "slurm/spice.sh" in done.stderr
+
+
+def test_torchrun_with_another_number_of_ranks_is_refused():
+    done = run("train", QUICKSTART, WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", RANK="0")
+    assert done.returncode == 2
+    assert "cluster.ranks_per_node=2" in done.stderr and "--nproc-per-node=2" in done.stderr
+
+
+def test_of_many_ranks_one_complains():
+    done = run("train", QUICKSTART, WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", RANK="1")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"'{sys.executable}' -m megatron_spice config | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

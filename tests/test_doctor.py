@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_spice import doctor, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def report(path: Path | None = None, python_path: Path | None = None) -> dict[str, dict[str, dict[str, str]]]:
+    """The doctor's JSON by section and row name; `path` goes in front of PATH, `python_path` in front of PYTHONPATH."""
+    environment = dict(os.environ)
+    if path:
+        environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
+    if python_path:
+        environment["PYTHONPATH"] = str(python_path)
+    command = [sys.executable, "-m", "megatron_spice", "doctor", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=True)
+    return {section: {row["name"]: row for row in rows} for section, rows in json.loads(done.stdout).items()}
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_it_finds_what_is_installed_here():
+    packages = report()["packages"]
+    assert packages["megatron-core"]["state"] == "ok"
+    assert packages["megatron-core"]["value"] == machine.version("megatron-core")
+    assert packages["sglang"]["value"] == machine.version("sglang")
+
+
+def test_the_table_holds_the_same_rows():
+    command = [sys.executable, "-m", "megatron_spice", "doctor"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=True).stdout
+    for section, rows in report().items():
+        assert f"{section}\n" in text
+        for name in rows:
+            assert f"  {name} " in text
+
+
+def test_every_example_is_judged():
+    recipes = report()["recipes"]
+    assert set(recipes) == {path.name for path in (ROOT / "examples").glob("*.yaml")}
+    paper = recipes["qwen3-4b-1n8g-tp2pp1-bf16.yaml"]
+    assert paper["value"] == "cuda, bf16, 8 ranks a node"
+
+
+@pytest.mark.skipif(bool(machine.accelerators()), reason="this machine has GPUs")
+def test_a_recipe_for_gpus_is_missing_them_here():
+    remedy = report()["recipes"]["qwen3-4b-1n8g-tp2pp1-bf16.yaml"]["remedy"]
+    assert "8 GPUs a node" in remedy and "policy.model" in remedy and "corpus.path" in remedy
+
+
+def test_the_apex_of_pypi_is_told_from_nvidias(tmp_path):
+    """PyPI's is a package for Pyramid; only NVIDIA's has apex.optimizers."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (tmp_path / "apex-0.9.10.dist-info").mkdir()
+    (tmp_path / "apex-0.9.10.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10\n")
+    wrong = report(python_path=tmp_path)["packages"]["Apex"]
+    assert wrong["state"] == "wrong" and "another project" in wrong["value"] and "pip uninstall apex" in wrong["remedy"]
+
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert report(python_path=tmp_path)["packages"]["Apex"]["state"] == "ok"
+
+
+def test_an_absent_package_that_is_needed_is_missing_with_its_remedy():
+    package = doctor.Package("nothing", ("no-such-distribution",), "cuda", "a test")
+    assert doctor._package(package, has_gpu=True).state == "missing"
+    assert doctor._package(package, has_gpu=True).remedy == doctor.INSTALL
+    assert doctor._package(package, has_gpu=False).state == "absent"
+
+
+def test_gpus_and_slurm_are_read_from_their_tools(tmp_path):
+    executable(tmp_path / "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 81559, 580.10'; echo 'NVIDIA H100 80GB HBM3, 81559, 580.10'")
+    executable(tmp_path / "sinfo", "echo 'slurm 24.05.1'")
+    rows = report(path=tmp_path)["machine"]
+    assert rows["accelerator"]["value"] == "NVIDIA H100 80GB HBM3, 80 GiB, driver 580.10"
+    assert rows["Slurm"]["value"] == "slurm 24.05.1"
+    assert rows["torch on CUDA"]["state"] in ("wrong", "missing")
+
+
+def test_a_broken_driver_is_no_gpu(tmp_path):
+    executable(tmp_path / "nvidia-smi", "echo 'NVIDIA-SMI has failed' ; exit 9")
+    row = report(path=tmp_path)["machine"]["accelerators"]
+    assert row["state"] == "absent" and "lists none" in row["value"]
+
+
+def test_a_small_shared_memory_is_wrong():
+    assert doctor._shared_memory(0.0625).state == "wrong"
+    assert "--shm-size" in doctor._shared_memory(0.0625).remedy
+    assert doctor._shared_memory(16.0).state == "ok"

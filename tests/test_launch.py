@@ -1,0 +1,197 @@
+"""slurm/spice.sh as a launcher: real torchrun ranks, in a copy of the house whose `train` only says where it is.
+
+`srun` and `scontrol` are recorded, not run: here it matters what they are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipe.yaml"
+
+TRAIN = '''
+import os, pathlib, sys, time
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+def train(config):
+    folder = pathlib.Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{name}={os.environ.get(name)}\\n" for name in NAMES) + f"pid={os.getpid()}\\nsteps={config.train.iterations}\\n"
+    partial = folder / f"partial{os.environ['RANK']}"
+    partial.write_text(text)
+    partial.rename(folder / f"rank{os.environ['RANK']}.txt")
+    if config.train.seed == 1:
+        time.sleep(300)
+    sys.exit(3 if config.train.seed == 2 else 0)
+'''
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A small house with the launcher, the real command line, a model and a corpus that pass the checks."""
+    for folder in ("config", "cluster"):
+        shutil.copytree(ROOT / "megatron_spice" / folder, tmp_path / "megatron_spice" / folder)
+    for path in (ROOT / "megatron_spice").glob("*.py"):
+        shutil.copy(path, tmp_path / "megatron_spice")
+    (tmp_path / "megatron_spice" / "train.py").write_text(TRAIN)
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "model").mkdir()
+    model = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 9}
+    model |= {"num_attention_heads": 2, "max_position_embeddings": 8192}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "manifest.json").write_text('{"tokenizer": {"vocab_size": 9}, "options": {"max_tokens": 9}}')
+    recipe = {"run": {"dir": "run"}, "corpus": {"path": "corpus"}, "policy": {"model": "model"}}
+    recipe["cluster"] = {"ranks_per_node": 2, "device": "cpu"}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def environment(**more: str) -> dict[str, str]:
+    drop = ("SLURM_", "OMP_", "GOMP_", "PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+    venv = Path(sys.executable).parent.parent
+    return {**clean, "SPICE_VENV": str(venv), **more}
+
+
+def launch(house: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "slurm/spice.sh", *arguments]
+    return subprocess.run(command, cwd=house, env=environment(**more), capture_output=True, text=True, timeout=180, check=False)
+
+
+def facts(house: Path, rank: int) -> dict[str, str]:
+    return dict(line.split("=") for line in (house / "run" / f"rank{rank}.txt").read_text().splitlines())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 90.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture
+def sleeping(house: Path) -> Iterator[subprocess.Popen]:
+    """A launched job whose two ranks wait."""
+    command = ["bash", "slurm/spice.sh", RECIPE, "train.seed=1"]
+    with subprocess.Popen(command, cwd=house, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True) as job:
+        try:
+            assert wait_until(lambda: all((house / "run" / f"rank{rank}.txt").exists() for rank in (0, 1)))
+            yield job
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_every_rank_runs_with_its_place_and_quiet_threads(house):
+    done = launch(house, RECIPE, "train.iterations=5")
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        found = facts(house, rank)
+        assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (str(rank), "2", str(rank))
+        assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"], found["steps"]) == ("PASSIVE", "0", "5")
+        assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_a_failing_rank_is_a_failing_job(house):
+    assert launch(house, RECIPE, "train.seed=2").returncode not in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([RECIPE, "train.itertions=5"], "train.iterations"),
+        ([RECIPE, "policy.pipeline_parallel_size=3"], "does not divide the 2 ranks"),
+        (["nothing.yaml"], "nothing.yaml is not a file"),
+        ([], "usage"),
+    ],
+)
+def test_a_wrong_start_ends_with_2_and_starts_nothing(house, arguments, part):
+    done = launch(house, *arguments)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert not (house / "run").exists()
+
+
+def test_without_an_environment_it_names_install_sh(house):
+    done = launch(house, RECIPE, SPICE_VENV="/nowhere")
+    assert done.returncode == 1
+    assert "install.sh" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_ranks_too(house, sleeping, how):
+    """SIGTERM reaches torchrun, which ends its ranks; nobody hands SIGKILL on, there the kernel does it."""
+    pids = [int(facts(house, rank)["pid"]) for rank in (0, 1)]
+    assert all(map(alive, pids))
+    sleeping.send_signal(how)
+    assert sleeping.wait(60) != 0
+    assert wait_until(lambda: not any(map(alive, pids)), 30)
+
+
+def slurm_tools(folder: Path) -> Path:
+    """An `srun` that writes down how it was called and runs the command as node 0 of 1 would."""
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    (tools / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$CALLS"\nexit 7\n')
+    for path in tools.iterdir():
+        path.chmod(0o755)
+    return tools
+
+
+def test_inside_slurm_one_task_a_node_runs_torchrun(house, tmp_path):
+    calls = tmp_path / "calls"
+    tools = slurm_tools(tmp_path)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "10123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    done = launch(house, RECIPE, "policy.pipeline_parallel_size=4", PATH=path, CALLS=str(calls), **job)
+    assert done.returncode == 7, done.stderr
+    asked = calls.read_text().splitlines()
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nnodes=2", "--nproc-per-node=2"} <= set(asked)
+    assert "--master-addr=node1" in asked and "--master-port=20123" in asked
+    assert asked[-3:] == ["train", RECIPE, "policy.pipeline_parallel_size=4"]
+
+
+def test_a_batch_copy_of_the_script_finds_the_house(house, tmp_path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    shutil.copy(house / "slurm" / "spice.sh", spool / "slurm_script")
+    tools = slurm_tools(tmp_path)
+    more = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "1"}
+    more |= {"SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(house)}
+    command = ["bash", str(spool / "slurm_script"), RECIPE]
+    done = subprocess.run(command, cwd=house, env=environment(**more), capture_output=True, timeout=60, check=False)
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]), ids=str)
+def test_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_are_clean():
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
+    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
