@@ -95,7 +95,6 @@ def _write_hugging_face(gguf: Path, output: Path) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    transformers.modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items  # This bar does not heed the line above.
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = model.config

@@ -59,6 +59,10 @@ bash slurm/spice.sh "$recipe" "$@"
 
 say "What happened"
 "$python" tools/report.py "$SPICE_RUN_DIR"
+others=()
+for override in "$@"; do
+  [[ "$override" == train.iterations=* ]] || others+=("$override")
+done
 cat <<END
 
 Where it lies:
@@ -66,5 +70,5 @@ Where it lies:
   $SPICE_RUN_DIR/episodes.jsonl    every passage played: attempts, tasks, answers, rewards
   $SPICE_RUN_DIR/tensorboard/      the same numbers for TensorBoard
   $SPICE_RUN_DIR/report.png        and as a figure
-To go on: bash slurm/spice.sh $recipe${*:+ $*} train.iterations=50   (a run goes on from its newest checkpoint)
+To go on: bash slurm/spice.sh $recipe ${others[*]:+${others[*]} }train.iterations=50   (a run goes on from its newest checkpoint)
 END

@@ -175,7 +175,8 @@ def _recipe(path: Path, gpus: list[machine.Accelerator]) -> Finding:
 def _lacks(config: Config, gpus: list[machine.Accelerator]) -> list[str]:
     lacks = []
     for package in PACKAGES:
-        if package.needed == "always" and machine.first_version(*package.distributions) is None:
+        needed = package.needed == "always" or (package.needed == "cuda" and gpus and config.cluster.device != "cpu")
+        if needed and machine.first_version(*package.distributions) is None:
             lacks.append(f"{package.title} is not installed: {package.remedy}")
     if config.cluster.device == "cuda" and len(gpus) < config.cluster.ranks_per_node:
         lacks.append(f"{config.cluster.ranks_per_node} GPUs a node (cluster.ranks_per_node), this machine has {len(gpus)}")

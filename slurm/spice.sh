@@ -40,6 +40,8 @@ root="$(find_root)"
 python="${SPICE_VENV:-$root/.venv}/bin/python"
 [ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+# Megatron-Core calls collectives by names that this torch renames; a warning a rank and name would hide the progress.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}"
 
 nodes=1
 if [ -n "${SLURM_JOB_ID:-}" ]; then

@@ -14,19 +14,14 @@ import re
 from megatron_spice.game.text import strip_latex
 
 MAX_LENGTH = 200
-_FUNCTIONS = {
-    *(
-        "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim max min gcd mod det sqrt frac "
-        "dfrac tfrac"
-    ).split(),
-    *(
-        "sum prod int binom infty cdot times div left right pm leq geq neq approx ldots over vec hat bar circ prime"
-    ).split(),
-}
+_FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim max min gcd mod det sqrt frac dfrac "
+    "tfrac sum prod int binom infty cdot times div left right pm leq geq neq approx ldots over vec hat bar circ "
+    "prime".split()
+)
 _GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-    "omega pi "
-    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi "
+    "psi omega pi Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()
 )
 _ALLOWED = re.compile(
     r"[A-Za-z0-9\s+\-*/^_=<>|!%.,:()\[\]{}\\'\u03b1-\u03c9\u0391-\u03a9\u2212\u00b7\u00d7\u00f7\u221a"

@@ -24,26 +24,7 @@ class EngineError(RuntimeError):
     """An engine did not do what it was asked: it is gone, it refused, or it took longer than it may."""
 
 
-class UpdatableEngine(Protocol):
-    """The verbs of a weight sync. They block, are called by one thread, and raise EngineError."""
-
-    def begin_update(self) -> None:
-        """Opens a weight update: no generation until `end_update`."""
-
-    def update_bucket(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Overwrites the weights with these Hugging Face names; they have been copied when it returns."""
-
-    def end_update(self, version: str) -> None:
-        """Closes the update; from here on completions carry `version`."""
-
-    def weight_version(self) -> str:
-        """The version of the last finished update."""
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities [length - 1] of `token_ids[1:]`, each given all before it, at temperature 1."""
-
-
-class Engine(UpdatableEngine, Protocol):
+class Engine(Protocol):
     """One engine. Every method but the asynchronous ones blocks; all raise EngineError."""
 
     def launch(self) -> None:
@@ -69,3 +50,18 @@ class Engine(UpdatableEngine, Protocol):
 
     def wake(self, kinds: Sequence[str] = MEMORY) -> None:
         """Takes these kinds of memory back."""
+
+    def begin_update(self) -> None:
+        """Opens a weight update: no generation until `end_update`."""
+
+    def update_bucket(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Overwrites the weights with these Hugging Face names; they have been copied when it returns."""
+
+    def end_update(self, version: str) -> None:
+        """Closes the update; from here on completions carry `version`."""
+
+    def weight_version(self) -> str:
+        """The version of the last finished update."""
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities [length - 1] of `token_ids[1:]`, each given all before it, at temperature 1."""

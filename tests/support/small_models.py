@@ -9,7 +9,9 @@ import torch
 
 from megatron_spice.game.records import Trajectory
 
-VOCAB = 203  # odd on purpose: it has to be padded
+VOCAB = 403  # odd on purpose: it has to be padded
+
+TEXT = "Ghana exports gold and cocoa. Its capital is Accra. Which river feeds the lake? The Volta does, in the east. "
 
 
 def make_model(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -54,3 +56,22 @@ def some_trajectories(groups: int = 4, size: int = 3, seed: int = 0) -> list[Tra
             advantage = 0.0 if number == 1 else (member - (size - 1) / 2) * 0.5
             found.append(Trajectory(role, prompt, completion, logprobs, advantage, reward=0.0))
     return found
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Gives a model folder a byte-level BPE tokenizer of 400 tokens, with ChatML control tokens."""
+    from megatron_spice.cluster import platform
+
+    platform.prepare("cpu")
+    import triton  # noqa: F401
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|pad|>").save_pretrained(folder)
+    return folder

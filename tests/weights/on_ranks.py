@@ -1,0 +1,82 @@
+"""Ranks that train a little and sync to a real engine, for test_sync.py."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any], folder: str) -> dict[str, Any]:
+    """One update, a sync to an SGLang server hosted by rank 0, an export; then a sync in which one bucket is corrupted."""
+    from megatron_spice.cluster import distributed, platform, topology
+
+    here = topology.from_environment(platform.prepare("cpu"))  # before anything that imports Megatron
+
+    from megatron_spice.config.hf import read_architecture
+    from megatron_spice.config.schema import Config
+    from megatron_spice.game.records import Sampling
+    from megatron_spice.policy.policy import Policy
+    from megatron_spice.rollout.supervisor import SglangEngine
+    from megatron_spice.weights import sync
+    from megatron_spice.weights.hf_folder import write_hf_folder
+
+    config = Config.model_validate({
+        "run": {"dir": folder}, "corpus": {"path": folder},
+        "policy": {"model": model, "precision": "fp32", "learning_rate": 1e-2, **degrees},
+        "rollout": {"bucket_mb": 1, "max_total_tokens": 1024, "max_running_requests": 4},
+    })  # fmt: skip
+    engines = []
+    if here.is_first:
+        engines = [SglangEngine(config.rollout, here, "fp32", Path(model), Path(folder) / "engine.log")]
+        engines[0].launch()
+    result: dict[str, Any] = {}
+    with distributed.process_group(here, 180):
+        policy = Policy(config, read_architecture(Path(model)), here)
+        try:
+            policy.load_hf(Path(model))
+            for engine in engines:
+                engine.wait_ready()
+            policy.update(trajectories)
+            probe = list(range(5, 60))
+            result["bytes"] = sync.push(policy.hf_buckets, engines, "7")[1]
+            result["difference"] = sync.verify(policy.score, engines, probe, 0.02)
+            exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
+            if here.is_first:
+                write_hf_folder(iter(exported), Path(model), Path(folder) / "exported")
+                result["version"] = engines[0].weight_version()
+                [completion] = asyncio.run(_greedy(engines[0], Sampling(temperature=0.0, max_new_tokens=8)))
+                result["greedy"] = completion.completion_ids
+            result["noticed"] = _corrupted_sync(policy, engines, probe, sync)
+        finally:
+            policy.close()
+            for engine in engines:
+                engine.close()
+        dist.barrier()
+    return result
+
+
+async def _greedy(engine: Any, sampling: Any) -> Any:
+    try:
+        return await engine.generate([10, 20, 30, 40], 1, sampling)
+    finally:
+        await engine.close_requests()
+
+
+def _corrupted_sync(policy: Any, engines: list[Any], probe: list[int], sync: Any) -> str:
+    """Sends one tensor with its rows in another order, as a wrong offset in a buffer would; what verify then says."""
+
+    def buckets() -> Any:
+        for bucket in policy.hf_buckets():
+            name = next((name for name in bucket if name.endswith("2.mlp.down_proj.weight")), None)
+            yield bucket if name is None else {**bucket, name: torch.roll(bucket[name], 1, 0).contiguous()}
+
+    sync.push(buckets, engines, "8")
+    try:
+        sync.verify(policy.score, engines, probe, 0.02)
+    except sync.SyncMismatch as error:
+        return str(error)
+    return ""
