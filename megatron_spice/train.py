@@ -47,11 +47,13 @@ def train(config: Config) -> None:
     """Runs a recipe to its last iteration, from its newest checkpoint if it has one. Called on every rank."""
     device = platform.prepare(config.cluster.device)
     topology = from_environment(device)
+    done = checkpoints.newest_iteration(config.run.dir) if config.checkpoint.resume == "auto" else 0
+    if done >= config.train.iterations:
+        if topology.is_first:
+            print(f"{config.run.dir} is at iteration {done} of {config.train.iterations} already: nothing to do", flush=True)
+        return
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
         run = _assemble(config, topology, store, stack)
-        if run.done >= config.train.iterations:
-            run.say(f"{config.run.dir} is already at iteration {run.done} of {config.train.iterations}: nothing to do")
-            return
         _sync(run, version=run.done)
         for iteration in range(run.done + 1, config.train.iterations + 1):
             _iterate(run, iteration)

@@ -6,6 +6,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh --test
 export SPICE_VENV="${SPICE_VENV:-$PWD/.venv}"
 
+# The quickstart's model and texts: the tests that use them would otherwise skip.
+model=assets/smollm2-135m-instruct texts=assets/factbook.jsonl
+mkdir -p assets
+[ -e "$model" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py model "$model"
+[ -e "$texts" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py texts "$texts"
+
 # Waiting threads that spin would take the cores from the processes the tests start.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

@@ -1,12 +1,13 @@
-"""The main job, run as a person runs it, on a tiny random model: two Megatron ranks, a real SGLang engine, a real corpus.
+"""The main job, run as a person runs it: two Megatron ranks, a real SGLang engine, a real corpus.
 
-A random model writes no valid task, so nothing is learned here; that the real model's tasks vary and its weights change
-is checked where the quickstart runs.
+What needs many iterations runs on a tiny random model, which writes no valid task and so learns nothing; that tasks vary,
+rewards follow from the log and weights change is seen in one iteration of the quickstart's own model, in float32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,9 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_models import TEXT, add_tokenizer, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "assets" / "smollm2-135m-instruct"
+TEXTS = ROOT / "assets" / "factbook.jsonl"
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -28,10 +33,7 @@ def recipe(tmp_path_factory) -> Path:
     model = add_tokenizer(make_model(folder / "hf", "llama", tied=True))
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{number}. {TEXT * 3}", "id": str(number)}) + "\n" for number in range(40)))
-    subprocess.run(
-        [sys.executable, ROOT / "tools" / "preprocess_corpus.py", texts, "--tokenizer", model, "--output", folder / "corpus",
-         "--max-tokens", "40", "--min-tokens", "10"], check=True,
-    )  # fmt: skip
+    _tool("preprocess_corpus", texts, "--tokenizer", model, "--output", folder / "corpus", "--max-tokens", 40, "--min-tokens", 10)
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({
         "run": {"dir": str(folder / "unused")}, "corpus": {"path": str(folder / "corpus")},
@@ -46,6 +48,10 @@ def recipe(tmp_path_factory) -> Path:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
     return path
+
+
+def _tool(name: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)], check=True, timeout=120)
 
 
 def _start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
@@ -120,3 +126,34 @@ def test_a_recipe_that_cannot_run_ends_with_2_before_anything_starts(recipe, tmp
     output = _finish(_start(recipe, tmp_path / "run", override), code=2)
     assert all(word in output for word in words), output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not (MODEL.exists() and TEXTS.exists()), reason="needs the quickstart's assets (tests/run.sh fetches them)")
+def test_the_real_model_learns_from_what_the_log_says(tmp_path):
+    _tool("preprocess_corpus", TEXTS, "--tokenizer", MODEL, "--output", tmp_path / "corpus", "--max-tokens", 160, "--min-tokens", 60)
+    run = tmp_path / "run"
+    _finish(_start(
+        ROOT / "examples" / "quickstart.yaml", run, "train.iterations=1", "train.passages=3", "policy.precision=fp32",
+        f"policy.model={MODEL}", f"corpus.path={tmp_path / 'corpus'}",
+    ))  # fmt: skip
+    [metrics] = _metrics(run)
+    assert metrics["drift/mean"] < 0.02, "engine and policy must give the sampled tokens the same probability"
+    assert metrics["sync/difference"] < 0.02
+    assert 0 < metrics["challenger/valid_share"] < 1 and metrics["policy/grad_norm"] > 0
+
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    assert len(episodes) == 3
+    for episode in episodes:
+        group = [attempt for attempt in episode["attempts"] if attempt["in_group"]]
+        mean = sum(attempt["reward"] for attempt in group) / len(group)
+        for attempt in group:
+            p = sum(answer["correct"] for answer in attempt["answers"]) / 8
+            reward = math.exp(-((p * (1 - p) - 0.25) ** 2) / 0.02) if attempt["valid"] else -0.1
+            assert attempt["reward"] == pytest.approx(reward)
+            assert attempt["advantage"] == pytest.approx(reward - mean)
+
+    _tool("convert_checkpoint", "megatron-to-hf", run / "checkpoints" / "iteration_0000001", tmp_path / "trained")
+    before, after = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "trained" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]
+    assert len(changed) > 0.9 * len(before), "the weights did not change"

@@ -36,7 +36,7 @@ class Checkpointer:
             hf_files: folder with the model's config and tokenizer files, copied into every checkpoint.
             is_writer: this rank does the renaming and removing.
         """
-        self.folder = run_dir / "checkpoints"
+        self.folder = store.folder_of(run_dir)
         self.config = config
         self.hf_files = hf_files
         self.is_writer = is_writer

@@ -35,6 +35,17 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def folder_of(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def newest_iteration(run_dir: Path) -> int:
+    """The iteration of a run's newest whole checkpoint, 0 if it has none."""
+    whole = whole_checkpoints(folder_of(run_dir))
+    return int(NAME.fullmatch(whole[-1].name)[1]) if whole else 0
+
+
 def begin(folder: Path, iteration: int) -> Path:
     """An empty `.partial` folder to save into; leftovers of interrupted saves are removed."""
     folder.mkdir(parents=True, exist_ok=True)

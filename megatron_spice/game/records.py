@@ -171,7 +171,7 @@ class Trajectory:
 
 
 class Tokenizer(Protocol):
-    """What the game needs of a tokenizer; `rollout/tokenizer.py` has the real one."""
+    """What the game needs of a tokenizer; `corpus/tokenizer.py` has the real one."""
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, segment by segment, untrusted segments as plain text."""
@@ -187,5 +187,5 @@ class Generator(Protocol):
         """`num_samples` completions of one prompt.
 
         Raises:
-            EngineError: the engine failed; the passage is to be played again elsewhere, not scored.
+            EngineError: the engine failed; the passage must not be scored.
         """
