@@ -10,10 +10,9 @@ megatron-to-hf is what hf-to-megatron made, or any checkpoint of a run (`runs/NA
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,8 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def to_megatron(source: Path, target: Path) -> None:
-    """A Hugging Face folder to a checkpoint with weights only, in the precision that the folder has."""
-    with _converter(source) as model:
+    """A Hugging Face folder to a checkpoint with weights only, in the precision that its tensors have."""
+    architecture = read_architecture(source)
+    platform.prepare("cpu")
+    from megatron_spice.policy.whole_model import WholeModel
+    from megatron_spice.weights.hf_folder import HFTensors
+
+    with WholeModel(architecture, source, HFTensors(source).dtype) as model:
         model.load_hf(source)
         partial = _partial(target)
         (partial / store.WEIGHTS).mkdir()
@@ -58,37 +62,29 @@ def to_megatron(source: Path, target: Path) -> None:
 
 
 def to_hf(source: Path, target: Path) -> None:
-    """A checkpoint's weights to a Hugging Face folder."""
-    from megatron_spice.weights.hf_folder import write_hf_folder
-
+    """A checkpoint's weights to a Hugging Face folder, in the precision that the checkpoint has."""
     if not store.is_megatron(source):
         raise ValueError(f"{source} is not a checkpoint: it must hold {store.WEIGHTS}/ and {store.HF}/")
-    with _converter(source) as model:
+    architecture = read_architecture(source)
+    platform.prepare("cpu")
+    from megatron_spice.policy.whole_model import WholeModel
+    from megatron_spice.weights.hf_folder import write_hf_folder
+
+    dtype = WholeModel.dtype_of(source)
+    with WholeModel(architecture, source, dtype) as model:
         model.load(source)
         partial = _partial(target)
         write_hf_folder(model.hf_tensors(), source / store.HF, partial)
+        hf_files.set_dtype(partial, str(dtype).removeprefix("torch."))
         partial.rename(target)
 
 
 def _partial(target: Path) -> Path:
     """A fresh folder beside the target, which takes the target's name once it is whole."""
-    import shutil
-
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
-
-
-@contextmanager
-def _converter(source: Path) -> Iterator[object]:
-    """The whole model of `source` in this one process, on the CPU."""
-    architecture = read_architecture(source)
-    platform.prepare("cpu")
-    from megatron_spice.policy.whole_model import WholeModel
-
-    with WholeModel(architecture, store.hf_folder(source)) as model:
-        yield model
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Saves and loads a run: weights, optimiser, corpus cursor and counters, in Megatron's layout-free torch_dist format.
 
-Everything random in a run derives from its seed and these counters (the corpus order, the game's choices), and the model
-has no dropout, so they are all the state there is besides the tensors.
+Everything random that training decides derives from its seed and these counters (the corpus order, the game's choices),
+and the model has no dropout, so no generator's state has to be saved. What the engines sample is not repeated by a
+resumed run: they draw from a new seed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def copy_small_files(source: Path, target: Path) -> None:
     for name in SMALL_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+
+
+def set_dtype(folder: Path, dtype: str) -> None:
+    """Makes config.json say which precision the weights beside it have; a file that says so already stays as it is."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if config.get(key) != dtype:
+        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")

@@ -3,7 +3,7 @@
     checkpoints/iteration_0000010/
         weights/        Megatron's torch_dist files: model, and the optimiser when training can go on from here
         hf/             config.json, tokenizer and generation files of the model
-        run_state.json  iteration, corpus cursor, recipe; written last inside a `.partial` folder that is then renamed
+        run_state.json  iteration and corpus cursor; written last inside a `.partial` folder that is then renamed
 
 The rename is what makes a checkpoint: whatever was interrupted before it leaves only a `.partial` folder, which nothing
 loads and the next save removes.
@@ -12,6 +12,7 @@ loads and the next save removes.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -58,34 +59,40 @@ def begin(folder: Path, iteration: int) -> Path:
 
 def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
     """Writes the run state, renames the folder to its final name, and removes all but the newest `keep`."""
-    (partial / STATE).write_text(json.dumps(state, indent=1, default=str))
+    with open(partial / STATE, "w") as file:
+        file.write(json.dumps(state, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     final = partial.with_suffix("")
     if final.exists():  # the same iteration saved again, after a resume from an earlier one
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
-    for old in whole_checkpoints(partial.parent)[:-keep]:
-        shutil.rmtree(old)
+    _sync_folder(final.parent)
+    others = [path for path in whole_checkpoints(final.parent) if path != final]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: a removal that is interrupted must not leave half a checkpoint that looks whole."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The run state of a whole checkpoint."""
     return json.loads((checkpoint / STATE).read_text())
-
-
-def hf_folder(model: Path) -> Path:
-    """The folder with config.json and tokenizer of `policy.model`, which is a Hugging Face folder or a checkpoint.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    for candidate in (model / HF, model):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"{model} is neither a Hugging Face folder (config.json) nor a checkpoint (hf/config.json); convert one with "
-        f"tools/convert_checkpoint.py hf-to-megatron"
-    )
 
 
 def is_megatron(model: Path) -> bool:

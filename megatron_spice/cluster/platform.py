@@ -1,13 +1,14 @@
 """The CPU platform: lets unmodified Megatron-Core run where there is no accelerator.
 
 Megatron-Core 0.16 asks `torch.cuda` for its device, streams, events and random state even where none of them matters to
-the numbers. On a machine without CUDA those few names are redirected, once, before `megatron.core` is imported:
+the numbers. On a machine without CUDA those few names are redirected, once, as `megatron.core` is first imported:
 
     torch.cuda.current_device()         -> the CPU device; set_device, synchronize, empty_cache do nothing
     torch.cuda.Stream, Event, stream()  -> objects that do nothing: CPU work is already in order
     torch.cuda.get_rng_state and kin    -> the CPU generator's
     device="cuda" in any torch call     -> device="cpu"; Tensor.cuda() is the tensor itself
     Tensor.type()                       -> "torch.cuda.*Tensor": the distributed optimizer compares the name
+    Megatron's own pair of functions for CUDA's random state, which ask the driver -> the CPU generator's
 
 On CUDA nothing is touched. The stand-ins for Triton and SGLang's kernels are in `stubs/`; only packages that cannot be
 imported without them see those.

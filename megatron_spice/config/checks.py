@@ -43,6 +43,11 @@ def check_paths(config: Config) -> list[str]:
         )
     if config.run.dir.exists() and not config.run.dir.is_dir():
         problems.append(f"run.dir={config.run.dir} is a file; name a folder, which is made when it is not there")
+    if config.checkpoint.resume == "never" and any(config.run.dir.glob("checkpoints/iteration_*")):
+        problems.append(
+            f"run.dir={config.run.dir} holds checkpoints and checkpoint.resume=never would begin anew among them; "
+            "name another run.dir, or go on with checkpoint.resume=auto"
+        )
     if config.telemetry.wandb_project and importlib.util.find_spec("wandb") is None:
         problems.append(
             f"telemetry.wandb_project={config.telemetry.wandb_project}: the wandb package is missing; "
@@ -88,11 +93,11 @@ def check_game(config: Config) -> list[str]:
             f"game.attempts={game.attempts} is less than game.group_size={game.group_size}, so no group can be filled; "
             f"give game.attempts={game.group_size} or more"
         )
-    trajectories = 2 * train.passages * game.group_size
-    if train.optimizer_steps > trajectories:
+    groups = train.passages * (1 if game.fixed_challenger else 2)
+    if train.optimizer_steps > groups:
         problems.append(
-            f"train.optimizer_steps={train.optimizer_steps} is more than the {trajectories} trajectories an iteration can "
-            f"have (2 roles x train.passages={train.passages} x game.group_size={game.group_size}); lower it"
+            f"train.optimizer_steps={train.optimizer_steps} is more than the {groups} groups that an iteration can have "
+            f"(train.passages={train.passages} for each role trained), and a step takes whole groups; lower it"
         )
     return problems
 

@@ -32,6 +32,15 @@ FAMILIES = {
 }
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The one rope scaling that Megatron-Core's rotary embedding computes, whatever its `factor`: Llama 3.1's and 3.2's."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
     """The shape of a decoder-only transformer, in Megatron's words where they differ from Hugging Face's.
@@ -129,7 +138,7 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    return {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_type": kind, **{name: value for name, value in rope.items() if name not in ("rope_theta", "type")}}
 
 
 def _unsupported(config: dict[str, Any], source: str) -> list[str]:
@@ -143,6 +152,9 @@ def _unsupported(config: dict[str, Any], source: str) -> list[str]:
         problems.append(f"{source}: attention_bias=true is not supported for {config.get('model_type')}")
     if config.get("use_sliding_window"):
         problems.append(f"{source}: use_sliding_window=true is not supported")
+    scaling = _scaling(_rope_parameters(config))
+    if scaling is not None and {name: scaling.get(name) for name in LLAMA3_ROPE} != LLAMA3_ROPE:
+        problems.append(f"{source}: rope scaling {scaling} is not supported; supported: {LLAMA3_ROPE} with any factor")
     if config.get("quantization_config"):
         problems.append(f"{source}: quantised weights (quantization_config) are not supported; use the bf16 model")
     return problems

@@ -3,7 +3,7 @@
 Each passage is a coroutine of its own, and nothing in it waits for another passage: the Reasoner answers one
 passage's tasks while the Challenger still writes another's, which keeps an engine's batch full without a barrier
 between the roles. Within a passage all tasks are answered at once. All choices derive from (seed, iteration, slot),
-so a passage that is played again, on any engine, makes the same choices.
+so a passage that is played again makes the same choices; what the model then writes is the engine's own chance.
 
 Attempts are sampled in chunks until one is valid and there are at least G, at most N: the paper's "up to 1024
 attempts aiming for one valid" without always paying for 1024.
@@ -116,7 +116,10 @@ class _Table:
         self, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str
     ) -> list[Completion]:
         sampling = Sampling(self.temperature, limit, self.top_p, stop, self.random(purpose).getrandbits(31))
-        return await self.engine.generate(self.tokenizer.encode_prompt(prompt), count, sampling)
+        completions = await self.engine.generate(self.tokenizer.encode_prompt(prompt), count, sampling)
+        if any(completion.finish == "abort" for completion in completions):
+            raise RuntimeError(f"the engine aborted a request of the {purpose}; what it had written must not be scored")
+        return completions
 
 
 async def _choose_type(table: _Table, passage: Passage) -> AnswerType:

@@ -120,10 +120,6 @@ def build_model(
     temperature: float,
 ) -> PolicyModel:
     """This rank's stage, with weights not yet loaded."""
-    if architecture.rope_scaling:
-        raise ValueError(
-            f"rope scaling {architecture.rope_scaling} of this model is not supported yet; use a model without it"
-        )
     model = PolicyModel(
         transformer_config(architecture, config, layout),
         layer_spec(architecture),
@@ -133,6 +129,8 @@ def build_model(
         post_process=placement.is_last_stage,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
+        rope_scaling=architecture.rope_scaling is not None,  # Llama 3's, which is what config/hf.py lets through
+        rope_scaling_factor=(architecture.rope_scaling or {}).get("factor", 8.0),
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         temperature=temperature,
         chunk=config.logprob_chunk,

@@ -18,7 +18,10 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 def wrap(model: PolicyModel) -> DistributedDataParallel:
     """Gradients in float32, reduced to the rank that owns their part of the optimiser."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=True,
     )
     return DistributedDataParallel(model.config, settings, model)
 
@@ -38,16 +41,24 @@ def build_optimizer(wrapped: DistributedDataParallel, config: PolicyConfig) -> M
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, [wrapped])
-    for group in optimizer.param_groups:
-        # Megatron leaves both to its learning-rate scheduler, which a constant rate does not need.
-        group["lr"] = config.learning_rate
-        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    _set_hyperparameters(optimizer, config)
     _start_state(optimizer)
     return optimizer
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Takes over an optimiser state that was loaded through `sharded_state_dict`.
+def _set_hyperparameters(optimizer: MegatronOptimizer, config: PolicyConfig) -> None:
+    """The recipe's numbers: Megatron leaves some to a scheduler that a constant rate does not need, and a loaded state
+    brings those it was saved with."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_eps
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], config: PolicyConfig) -> None:
+    """Takes over an optimiser state that was loaded through `sharded_state_dict`; learning rate and the like stay the
+    recipe's.
 
     With torch's Adam (no Transformer Engine, no Apex) Megatron-Core 0.16 cannot do it alone: it looks for a saved `step`
     of each parameter where it has left `step` out, and it gives all parameters one `step` tensor, which torch then
@@ -56,6 +67,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     parts = _parts(optimizer)
     if not all(_is_torch_adam(part) for part in parts):
         optimizer.load_state_dict(state)
+        _set_hyperparameters(optimizer, config)
         return
     for part, saved in zip(parts, [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]):
         part.load_state_dict({key: value for key, value in saved.items() if key != "param_state"})
@@ -64,6 +76,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         part.load_parameter_state_from_fully_reshardable(saved["param_state"])
         for parameter, step in steps.items():
             inner[parameter]["step"] = step.clone()
+    _set_hyperparameters(optimizer, config)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

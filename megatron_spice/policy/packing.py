@@ -106,11 +106,15 @@ def plan_rows(
 
 
 def split_steps(trajectories: Sequence[Trajectory], steps: int) -> list[list[Trajectory]]:
-    """Splits an iteration's trajectories into `steps` parts of whole prompt groups, as even as whole groups allow."""
-    groups: dict[tuple[int, ...], list[Trajectory]] = {}
+    """Splits an iteration's trajectories into `steps` parts of whole prompt groups, each role spread over all of them.
+
+    Groups are dealt in turn, one role after the other, so that no step belongs to one role alone; with fewer groups than
+    steps there are fewer parts.
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[Trajectory]] = {}
     for trajectory in trajectories:
-        groups.setdefault(trajectory.prompt_ids, []).append(trajectory)
+        groups.setdefault((trajectory.role, trajectory.prompt_ids), []).append(trajectory)
     parts: list[list[Trajectory]] = [[] for _ in range(steps)]
-    for group in groups.values():
-        min(parts, key=len).extend(group)
+    for turn, key in enumerate(sorted(groups, key=lambda key: key[0])):  # stable: in order of appearance within a role
+        parts[turn % steps].extend(groups[key])
     return [part for part in parts if part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_spice.config.schema import PolicyConfig
@@ -54,7 +55,7 @@ def initialize(layout: ParallelLayout, seed: int, timeout: float) -> Placement:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        distributed_timeout_minutes=max(1, int(timeout // 60)),
+        distributed_timeout_minutes=max(1, math.ceil(timeout / 60)),
     )
     model_parallel_cuda_manual_seed(seed)
     return Placement(

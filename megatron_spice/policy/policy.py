@@ -7,6 +7,7 @@ denominator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,11 @@ class Policy:
         """The current weights as whole Hugging Face tensors, bucket by bucket (see `weights/gather.py`)."""
         return self.gatherer.buckets(dict(self.model.named_parameters()))
 
+    @property
+    def hf_names(self) -> set[str]:
+        """The names of all tensors that `hf_buckets` gives."""
+        return {name for bucket in self.gatherer.plan for name in bucket.shapes}
+
     def model_state(self) -> dict[str, Any]:
         """Megatron's sharded description of the weights, for saving and for loading."""
         return self.model.sharded_state_dict()
@@ -101,14 +107,13 @@ class Policy:
         if optimizer_state is None:
             self.optimizer.reload_model_params()
         else:
-            load_optimizer_state(self.optimizer, optimizer_state)
+            load_optimizer_state(self.optimizer, optimizer_state, self.config)
 
     # -- sharing the accelerator ----------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """The engines are about to use the accelerator: give back what can be given back."""
+        """The engines are about to use the accelerator; cached memory goes back to it."""
         assert self.awake, "the policy is already asleep"
-        self.wrapped.zero_grad_buffer()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.awake = False
@@ -140,7 +145,17 @@ class Policy:
         for plan, rows in zip(plans, shares):
             if rows:
                 metrics.add(self._step(rows, settings), plan)
+        if not any(plans) and trajectories:
+            # Nothing to learn from, but the drift between engine and policy is watched in every iteration.
+            metrics.watch(self._watch(trajectories, settings))
         return metrics.summary()
+
+    def _watch(self, trajectories: Sequence[Trajectory], settings: LossSettings) -> StepMetrics:
+        """One row's worth of trajectories through the model, without learning from them."""
+        seen = [trajectory for trajectory in trajectories if trajectory.completion_ids]
+        [rows, *_] = plan_rows(seen, self.config.tokens_per_microbatch, 1)
+        results = self._run([row_tensors(row, self.device) for row in rows[:1]], forward_only=True, settings=settings)
+        return StepMetrics(results if self.placement.data_rank == 0 else [], 0.0)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of `token_ids[1:]`, each given the ids before it, at temperature 1."""
@@ -168,9 +183,12 @@ class Policy:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(rows, forward_only=False, settings=settings)
-        success, grad_norm, _ = self.optimizer.step()
-        if not success:
-            raise RuntimeError("the optimiser refused the step: a gradient is not finite")
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"the gradient norm is {grad_norm}; start again from the newest checkpoint with a lower "
+                "policy.learning_rate"
+            )
         return StepMetrics(results, float(grad_norm))
 
     def _run(

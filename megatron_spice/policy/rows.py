@@ -27,7 +27,7 @@ class RowTensors:
         source_c: row position at which a completion token is predicted.
         labels_c: the completion tokens.
         advantages_c, rollout_logprobs_c: float32, of each completion token.
-        weights_c: float32, the factor of a completion token in the loss; zero for padding.
+        weights_c: float32, the factor of a completion token in the loss.
         sequence_c: which of the row's trajectories a completion token belongs to.
         is_challenger_c: the token was written by the Challenger.
         old_logprobs_c: the policy's log-probs before the iteration's first step; None with a single step.

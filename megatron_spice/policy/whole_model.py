@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
+from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.schema import PolicyConfig
@@ -20,17 +21,24 @@ from megatron_spice.weights.gather import Gatherer
 from megatron_spice.weights.load import load_hf
 from megatron_spice.weights.stage import Stage
 
-PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class WholeModel:
-    """Use as a context manager: it owns a process group of one."""
+    """Use as a context manager: it owns a process group of one.
 
-    def __init__(self, architecture: ModelArchitecture, hf_files: Path) -> None:
+    Args:
+        dtype: of the weights where they come from, so that nothing is rounded on the way.
+
+    Raises:
+        ValueError: weights in a precision that is not trained in.
+    """
+
+    def __init__(self, architecture: ModelArchitecture, model: Path, dtype: torch.dtype) -> None:
+        if dtype not in PRECISION:
+            raise ValueError(f"{model} holds {dtype} weights; save it as bfloat16 or float32 with transformers first")
         self.architecture = architecture
-        config = json.loads((hf_files / "config.json").read_text())
-        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        self.config = PolicyConfig(model=hf_files, precision=PRECISION.get(dtype, "bf16"))
+        self.config = PolicyConfig(model=model, precision=PRECISION[dtype])
 
     def __enter__(self) -> WholeModel:
         # A file, not a port: nothing here talks to another process.
@@ -63,6 +71,12 @@ class WholeModel:
         """Hugging Face names and tensors, one Megatron tensor at a time."""
         for bucket in Gatherer(self.architecture, self.stage, 1).buckets(dict(self.model.named_parameters())):
             yield from bucket.items()
+
+    @staticmethod
+    def dtype_of(checkpoint: Path) -> torch.dtype:
+        """The precision of a checkpoint's weights, by its metadata."""
+        tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint / store.WEIGHTS))
+        return next(tensor.dtype for key, tensor in tensors.items() if key.endswith("word_embeddings.weight"))
 
     # -- what save_tensors and load_tensors ask for ---------------------------------------------------------------
 

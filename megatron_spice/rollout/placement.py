@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,21 @@ def threads_per_rank(config: RolloutConfig) -> int:
     return max(1, len(os.sched_getaffinity(0)) // (config.engines_per_node * config.tensor_parallel_size))
 
 
+def cpu_binding(cores: Sequence[int], ranks: int, threads: int) -> str:
+    """Which cores each of an engine's CPU ranks is bound to, in SGLang's notation: `0,1|2,3`.
+
+    Without it SGLang takes as many ranks as there are NUMA nodes and no more. Cores are given again where they run out.
+    """
+    share = [[cores[(rank * threads + thread) % len(cores)] for thread in range(threads)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, sorted(set(each)))) for each in share)
+
+
 def server_settings(
     config: RolloutConfig, topology: Topology, precision: Precision, model: Path, *, port: int, rendezvous_port: int,
     load_format: str = "dummy",
 ) -> dict[str, Any]:  # fmt: skip
-    """What `sglang_server.py` gets: {"server": SGLang's own settings, "cpu_threads": int or None}.
+    """What `sglang_server.py` gets: {"server": SGLang's own settings, "cpu_threads": int or None,
+    "cpu_binding": only for several CPU ranks}.
 
     `model` is a Hugging Face folder. With `load_format` "dummy" only its config and tokenizer are read: the weights
     come by sync before anything is generated. "auto" reads its weights too.
@@ -74,4 +85,8 @@ def server_settings(
         # Between requests and while the trainer works the scheduler must not poll.
         "sleep_on_idle": True,
     }
-    return {"server": server, "cpu_threads": threads_per_rank(config)}
+    threads = threads_per_rank(config)
+    settings = {"server": server, "cpu_threads": threads}
+    if config.tensor_parallel_size > 1:
+        settings["cpu_binding"] = cpu_binding(sorted(os.sched_getaffinity(0)), config.tensor_parallel_size, threads)
+    return settings

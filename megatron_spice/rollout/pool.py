@@ -15,6 +15,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +27,9 @@ from megatron_spice.rollout.engine import MEMORY, Engine, EngineError
 
 Play = Callable[[Passage, int, int, Engine], Awaitable[Episode]]
 """Plays one passage: (passage, iteration, slot, engine) -> episode."""
+
+SILENCE = 120.0
+"""Seconds without a heartbeat of any engine host after which the others give up; hosts send two a second."""
 
 T = TypeVar("T")
 
@@ -103,6 +107,8 @@ class RolloutPool:
             self._run(self._start_helpers())
         for engine in self.engines:
             engine.wait_ready()
+        if self.engines:
+            self._store.add("rollout/hosts", 1)
 
     async def _start_helpers(self) -> None:
         for helper in self._helpers:
@@ -136,6 +142,7 @@ class RolloutPool:
             except Exception:
                 self._store.add(f"{key}/failed", 1)
                 report = _Report(self._topology.rank, [], traceback.format_exc())
+        self._wait_for_hosts(key, f"the episodes of iteration {iteration}")
         reports = self._exchange(f"the episodes of iteration {iteration}", report)
         self._raise_errors(f"iteration {iteration}", reports)
         episodes = sorted((episode for each in reports for episode in each.episodes), key=lambda episode: episode.slot)
@@ -146,16 +153,19 @@ class RolloutPool:
 
     def close(self) -> None:
         """Ends this rank's engines and helpers; may be called twice and after a failure."""
-        for engine in self.engines:
+        with ExitStack() as stack:  # whatever fails to close, the rest is closed
             if self._loop is not None:
-                self._run(engine.close_requests())
-            engine.close()
-        if self._loop is not None:
-            for helper in self._helpers:
-                self._run(helper.close())
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
-            self._loop = None
+                stack.callback(self._close_loop)
+            for engine in self.engines:
+                stack.callback(engine.close)
+            if self._loop is not None:
+                for each in (*(engine.close_requests for engine in self.engines), *(h.close for h in self._helpers)):
+                    stack.callback(lambda close=each: self._run(close()))
+
+    def _close_loop(self) -> None:
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+        self._loop = None
 
     # ---- this rank's share --------------------------------------------------------------------------------------
 
@@ -167,17 +177,35 @@ class RolloutPool:
                 episodes.append(await self._play(passages[slot], iteration, slot, engine))
 
         tasks = [asyncio.ensure_future(player(engine)) for engine in self.engines for _ in range(self._in_flight)]
-        watch = asyncio.ensure_future(self._watch())
+        players = asyncio.gather(*tasks)
+        watch = asyncio.ensure_future(self._watch(key))
         try:
-            done, _ = await asyncio.wait([watch, asyncio.gather(*tasks)], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([watch, players], return_when=asyncio.FIRST_COMPLETED)
             for finished in done:
                 finished.result()
         finally:
             # Not the gather: what is still running after a failure has to be over before the loop stops.
             for task in (*tasks, watch):
                 task.cancel()
-            await asyncio.gather(*tasks, watch, return_exceptions=True)
+            await asyncio.gather(*tasks, players, watch, return_exceptions=True)
         return episodes
+
+    def _wait_for_hosts(self, key: str, what: str) -> None:
+        """Returns when every host has played its share, however long that takes, as long as they show signs of life.
+
+        The exchange that follows is bounded by the group's timeout, which a long tail of passages may well exceed.
+        """
+        if self._topology.world_size == 1:
+            return
+        if self.engines:
+            self._store.add(f"{key}/finished", 1)
+        beats, heard = -1, time.monotonic()
+        while self._store.add(f"{key}/finished", 0) < self._store.add("rollout/hosts", 0):
+            if (now := self._store.add(f"{key}/beats", 0)) != beats:
+                beats, heard = now, time.monotonic()
+            elif time.monotonic() - heard > SILENCE:
+                raise EngineError(f"no engine host gave a sign of life for {SILENCE:.0f} s while waiting for {what}")
+            time.sleep(0.05)
 
     def _claim(self, key: str) -> int:
         """The next slot; one past any batch once a rank has failed. The store answers within its own timeout."""
@@ -185,10 +213,11 @@ class RolloutPool:
             raise EngineError("another rank failed; its error says why")
         return self._store.add(f"{key}/claimed", 1) - 1
 
-    async def _watch(self) -> None:
-        """Notices a dead engine at once, even when nothing is being asked of it."""
+    async def _watch(self, key: str) -> None:
+        """Notices a dead engine at once, even when nothing is being asked of it, and shows that this host lives."""
         while True:
             await asyncio.sleep(0.5)
+            self._store.add(f"{key}/beats", 1)
             for engine in self.engines:
                 engine.check()
 

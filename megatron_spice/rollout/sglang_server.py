@@ -86,6 +86,8 @@ def main(arguments: dict[str, Any]) -> None:
     if threads:
         os.environ[THREADS_VARIABLE] = str(threads)
         os.environ[ATTENTION_VARIABLE] = arguments.get("cpu_attention", "batched")
+        if "cpu_binding" in arguments:
+            os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = arguments["cpu_binding"]
         prepare_cpu_process(threads)
 
     from sglang.srt.entrypoints.http_server import launch_server

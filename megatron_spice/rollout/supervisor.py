@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _LOG_LINES = 25
+SCRATCH = "spice-engine-"
 # What torchrun tells a training rank about its group; an engine that read it would join, or wait for, the trainers.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 _RANK_PREFIXES = ("LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "GOMP_")
@@ -70,7 +71,8 @@ class SglangEngine:
         """Starts the server and returns at once. From the main thread: the child dies with the thread that starts it."""
         self.close()
         self._ports = [ReservedPort(), ReservedPort()]
-        self._scratch = tempfile.mkdtemp(prefix="spice-engine-")
+        _sweep_scratch()
+        self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
         port, rendezvous_port = (reserved.number for reserved in self._ports)
         settings = server_settings(
             self._config, self._topology, self._precision, self._model,
@@ -182,6 +184,14 @@ class SglangEngine:
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """See `EngineClient.score`."""
         return self._running().score(token_ids)
+
+
+def _sweep_scratch() -> None:
+    """Removes the scratch folders of ranks that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*-*"):
+        owner = folder.name.removeprefix(SCRATCH).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _server_environment(key: str, scratch: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 The plan is made once, in plain Python: entries in table order, cut into buckets of a given size that do not mix pipeline
 stages. Carrying a bucket out: the owning stage gathers its slices over the tensor-parallel group and makes the Hugging
 Face tensors, flattened into one buffer; the buffer goes to the other stages by one broadcast over the pipeline group. So
-every rank holds each bucket for a moment, and no rank ever holds more than one.
+every rank holds each bucket for a moment, and beside its own weights never more than a few times a bucket.
 """
 
 from __future__ import annotations

@@ -44,6 +44,11 @@ class HFTensors:
             self._open[file] = safe_open(self.folder / file, framework="pt")
         return self._open[file].get_tensor(name)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the first tensor."""
+        return self[next(iter(self.files))].dtype
+
     def check(self, entries: Iterable[Entry], architecture: ModelArchitecture) -> None:
         """Every name of the table is here with its shape, and nothing else is.
 

@@ -20,7 +20,7 @@ import torch
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.weights.vocabulary import padded_vocabulary
 
-Kind = Literal["replicated", "vocabulary", "column", "row", "qkv", "gated"]
+Kind = Literal["replicated", "vocabulary", "row", "qkv", "gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,6 @@ def split_for_rank(
         return tensors[0]
     if entry.kind == "row":
         return tensors[0].chunk(size, dim=1)[rank]
-    if entry.kind == "column":
-        return tensors[0].chunk(size, dim=0)[rank]
     if entry.kind == "gated":
         return torch.cat([tensor.chunk(size, dim=0)[rank] for tensor in tensors])
     if entry.kind == "vocabulary":
@@ -108,8 +106,6 @@ def merge_ranks(
         return {entry.hf[0]: slices[0]}
     if entry.kind == "row":
         return {entry.hf[0]: torch.cat(list(slices), dim=1)}
-    if entry.kind == "column":
-        return {entry.hf[0]: torch.cat(list(slices))}
     if entry.kind == "gated":
         halves = [part.chunk(2) for part in slices]
         return {name: torch.cat([half[index] for half in halves]) for index, name in enumerate(entry.hf)}

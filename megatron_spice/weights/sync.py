@@ -1,15 +1,15 @@
 """Pushing the policy's weights into the engines, and proof that they arrived.
 
 Order, for every engine this rank hosts: open a weight-update session, send each bucket as it is gathered, close the
-session with the new version, and read the version back. With verification on, a fixed text is then scored by both sides:
-a converter bug, a lost bucket or a bucket changed on its way shows as log-probabilities that differ, before a single
-rollout is wasted on it.
+session with the new version, and read the version back. Every name of the table must have been sent. With verification
+on, a fixed text is then scored by both sides: a converter bug or a bucket changed on its way shows as log-probabilities
+that differ, before a single rollout is wasted on it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,24 +43,36 @@ class SyncReport:
 
 
 def push(
-    buckets: Callable[[], Iterator[dict[str, torch.Tensor]]], engines: Sequence[Engine], version: str
+    buckets: Callable[[], Iterator[dict[str, torch.Tensor]]],
+    names: Collection[str],
+    engines: Sequence[Engine],
+    version: str,
 ) -> tuple[float, int]:
     """Sends all buckets to the engines of this rank. All ranks call it together: gathering is collective.
+
+    Args:
+        buckets: gathers the weights anew at each call.
+        names: the tensors that together are the whole model.
 
     Returns:
         Seconds taken and bytes of one copy of the weights.
 
     Raises:
         EngineError: an engine refused a bucket, or reports another version afterwards.
+        SyncMismatch: a tensor was not sent, so the engines would go on with an old one.
     """
     start = time.perf_counter()
     num_bytes = 0
+    missing = set(names)
     for engine in engines:
         engine.begin_update()
     for bucket in buckets():
         num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
         for engine in engines:
             engine.update_bucket(list(bucket.items()))
+        missing.difference_update(bucket)
+    if missing:
+        raise SyncMismatch(f"{len(missing)} of {len(names)} tensors were not sent, among them {sorted(missing)[:3]}")
     for engine in engines:
         engine.end_update(version)
     dist.barrier()

@@ -34,9 +34,13 @@ def test_a_resumed_run_takes_the_same_steps(model, tmp_path):
     ])[0]  # fmt: skip
     other = run_ranks(2, ON_RANKS, "in_layouts", [
         _job(model, overrides=_degrees(2, 1), load=saved, updates=2, gather=True),
-    ])[0][0]  # fmt: skip
+        _job(model, overrides={"policy": {**_degrees(2, 1)["policy"], "learning_rate": 1e-5}}, load=saved, updates=2, gather=True),
+    ])[0]  # fmt: skip
+    other, slower = other
     for name, weight in through["weights"].items():
         assert np.array_equal(resumed["weights"][name], weight), name
         np.testing.assert_allclose(other["weights"][name], weight, atol=2e-4, err_msg=name)
+    moved = max(np.abs(slower["weights"][name] - before).max() for name, before in through["weights"].items())
+    assert moved > 5e-3, "a resumed run must take the recipe's learning rate, not the saved one"
     for now, before in zip(resumed["updates"], through["updates"][2:]):
         assert now["policy/loss"] == before["policy/loss"]

@@ -12,7 +12,7 @@ def _save(folder, iteration, keep=2):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for iteration in (2, 4, 10, 6):
+    for iteration in (2, 4, 6, 10):
         _save(tmp_path, iteration)
     assert [path.name for path in store.whole_checkpoints(tmp_path)] == ["iteration_0000006", "iteration_0000010"]
     assert store.read_state(store.whole_checkpoints(tmp_path)[-1]) == {"iteration": 10}
@@ -25,6 +25,12 @@ def test_an_interrupted_save_is_never_taken_for_whole(tmp_path):
     assert [path.name for path in store.whole_checkpoints(tmp_path)] == ["iteration_0000002"]
     _save(tmp_path, 4)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_just_saved_is_never_the_one_removed(tmp_path):
+    for iteration in (40, 50, 10):  # the last by a run that began anew in the same folder
+        final = _save(tmp_path, iteration)
+        assert final.is_dir()
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path):

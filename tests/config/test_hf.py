@@ -55,10 +55,17 @@ def test_missing_key_value_heads_mean_as_many_as_heads(smollm2):
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_rope_scaling_is_kept_under_either_name(smollm2, name):
     del smollm2["rope_parameters"]
-    smollm2 |= {"rope_theta": 500000.0, name: {"rope_type": "llama3", "factor": 8.0}}
+    scaling = {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    smollm2 |= {"rope_theta": 500000.0, name: scaling}
     shape = ModelArchitecture.from_config(smollm2)
     assert shape.rope_theta == 500000.0
-    assert shape.rope_scaling == {"rope_type": "llama3", "factor": 8.0}
+    assert shape.rope_scaling == scaling
+    smollm2[name] = {**scaling, "rope_type": "yarn"}
+    with pytest.raises(ConfigError, match="yarn.*not supported"):
+        ModelArchitecture.from_config(smollm2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,24 @@ def test_the_loss_is_drgrpo(results, models):
     assert update["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_llama3_rope_scaling_is_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(tmp_path / "hf", "llama", tied=False, rope_scaling=True)
+    ids = [(7 * index) % VOCAB for index in range(200)]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    [[result]] = run_ranks(1, ON_RANKS, "in_layouts", [{"model": model, "score": ids}])
+    assert (torch.tensor(result["score"]) - expected).abs().max() < 1e-4
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(models):
+    broken = [dataclasses.replace(t, advantage=float("inf")) for t in TRAJECTORIES[:1]]
+    with pytest.raises(AssertionError, match="(?i)nan|not finite|the gradient norm is"):
+        run_ranks(1, ON_RANKS, "in_layouts", [{"model": models[FAMILIES[0]], "trajectories": broken, "updates": 1}])
+
+
 def test_an_update_without_advantages_changes_nothing(models):
     silent = [t for t in TRAJECTORIES if not t.advantage]
     [result] = run_ranks(1, ON_RANKS, "in_layouts", [
@@ -113,6 +132,7 @@ def test_an_update_without_advantages_changes_nothing(models):
         {"model": models[FAMILIES[0]], "trajectories": [], "updates": 1},
     ])  # fmt: skip
     assert result[0]["updates"][0]["policy/optimizer_steps"] == 0
+    assert result[0]["updates"][0]["drift/mean"] > 0, "drift is watched even when nothing is learned"
     assert all((result[0]["weights"][name] == weight).all() for name, weight in result[1]["weights"].items())
 
 

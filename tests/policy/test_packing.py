@@ -52,6 +52,14 @@ def test_steps_split_whole_groups(batch, steps):
         assert sum(any(t.prompt_ids == prompt for t in part) for part in parts) == 1
 
 
+def test_every_step_has_both_roles():
+    batch = [
+        Trajectory(role, (number, index), (1,), (0.0,), 1.0, 0.0)
+        for number in range(4) for index, role in enumerate(("challenger", "reasoner"))
+    ]  # fmt: skip
+    assert [{t.role for t in part} for part in split_steps(batch, 2)] == [{"challenger", "reasoner"}] * 2
+
+
 def test_rows_are_balanced_by_cost():
     batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate([9, 1, 5, 5])]
     loads = [sum(map(num_tokens, rows)) for rows in plan_rows(batch, 1, 2)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import RolloutConfig
-from megatron_spice.rollout.placement import hosted_engine, server_settings, threads_per_rank
+from megatron_spice.rollout.placement import cpu_binding, hosted_engine, server_settings, threads_per_rank
 
 
 @given(st.integers(1, 64).flatmap(lambda ranks: st.tuples(st.just(ranks), st.integers(1, ranks))))
@@ -49,3 +49,10 @@ def test_an_accelerated_engine_begins_at_its_hosts_device() -> None:
 def test_threads_are_what_is_configured_or_a_share_of_the_cores() -> None:
     assert threads_per_rank(RolloutConfig(threads=3)) == 3
     assert threads_per_rank(RolloutConfig(engines_per_node=1000)) == 1
+
+
+def test_ranks_of_a_cpu_engine_get_cores_of_their_own_while_there_are_enough() -> None:
+    assert cpu_binding([0, 1, 2, 3], ranks=2, threads=2) == "0,1|2,3"
+    assert cpu_binding([4, 6], ranks=2, threads=1) == "4|6"
+    assert cpu_binding([0], ranks=2, threads=1) == "0|0"
+    assert "cpu_binding" not in settings("cpu") and "|" in settings("cpu", tensor_parallel_size=2)["cpu_binding"]

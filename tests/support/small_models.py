@@ -14,7 +14,9 @@ VOCAB = 403  # odd on purpose: it has to be padded
 TEXT = "Ghana exports gold and cocoa. Its capital is Accra. Which river feeds the lake? The Volta does, in the east. "
 
 
-def make_model(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def make_model(
+    folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0, rope_scaling: bool = False
+) -> Path:  # fmt: skip
     """4 layers, width 64, 4 heads in 2 groups."""
     from megatron_spice.cluster import platform
 
@@ -28,6 +30,11 @@ def make_model(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[family]
     heads = {"head_dim": 24} if family == "qwen3" else {}
+    if rope_scaling:  # long wavelengths exist only with a long base
+        heads["rope_parameters"] = {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }  # fmt: skip
     torch.manual_seed(seed)
     model = model_class(
         config_class(

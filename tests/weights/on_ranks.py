@@ -42,7 +42,7 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 engine.wait_ready()
             policy.update(trajectories)
             probe = list(range(5, 60))
-            result["bytes"] = sync.push(policy.hf_buckets, engines, "7")[1]
+            result["bytes"] = sync.push(policy.hf_buckets, policy.hf_names, engines, "7")[1]
             result["difference"] = sync.verify(policy.score, engines, probe, 0.02)
             exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
             if here.is_first:
@@ -51,6 +51,10 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 [completion] = asyncio.run(_greedy(engines[0], Sampling(temperature=0.0, max_new_tokens=8)))
                 result["greedy"] = completion.completion_ids
             result["noticed"] = _corrupted_sync(policy, engines, probe, sync)
+            try:
+                sync.push(lambda: list(policy.hf_buckets())[:-1], policy.hf_names, [], "9")
+            except sync.SyncMismatch as error:
+                result["lost"] = str(error)
         finally:
             policy.close()
             for engine in engines:
@@ -74,7 +78,7 @@ def _corrupted_sync(policy: Any, engines: list[Any], probe: list[int], sync: Any
             name = next((name for name in bucket if name.endswith("2.mlp.down_proj.weight")), None)
             yield bucket if name is None else {**bucket, name: torch.roll(bucket[name], 1, 0).contiguous()}
 
-    sync.push(buckets, engines, "8")
+    sync.push(buckets, policy.hf_names, engines, "8")
     try:
         sync.verify(policy.score, engines, probe, 0.02)
     except sync.SyncMismatch as error:

@@ -33,4 +33,5 @@ def test_the_engine_computes_what_was_exported(tmp_path, family, tied, degrees):
     assert list(first["greedy"]) == expected[: len(first["greedy"])] and len(first["greedy"]) >= 1
 
     for rank in (first, second):
+        assert "were not sent" in rank["lost"]
         assert "engine of rank 0 differs from the policy" in rank["noticed"], "a corrupted bucket went unnoticed"

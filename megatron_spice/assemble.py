@@ -1,0 +1,137 @@
+"""Puts a run together: the four objects that training talks to, with weights loaded and engines up."""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megatron_spice.checkpoint import store as checkpoints
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.describe import resolved
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.hf import hugging_face_folder, read_architecture
+from megatron_spice.config.schema import Config
+from megatron_spice.corpus.corpus import Corpus
+from megatron_spice.corpus.sampler import PassageSampler
+from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.game.play import play_passage
+from megatron_spice.game.records import Episode, Passage
+from megatron_spice.game.verify import Verifier
+from megatron_spice.rollout.engine import Engine
+from megatron_spice.rollout.placement import hosted_engine
+from megatron_spice.rollout.pool import RolloutPool
+from megatron_spice.rollout.supervisor import SglangEngine
+from megatron_spice.telemetry.run_log import RunLog
+from megatron_spice.telemetry.timer import PhaseTimer
+
+if TYPE_CHECKING:
+    from megatron_spice.checkpoint.checkpointer import Checkpointer
+    from megatron_spice.policy.policy import Policy
+
+# Scored by policy and engines after each sync. Any text would do; this one has names, numbers and punctuation.
+PROBE = (
+    "The river rises in the northern highlands, flows 1,024 km to the sea, and carries about 380 cubic metres of water a "
+    "second past the old capital. Question: How long is the river? Answer: 1,024 km."
+)
+
+
+@dataclass
+class Run:
+    """What one rank holds of a run; `log` only on the first. `done` is the iteration that was resumed from, 0 if none."""
+
+    config: Config
+    topology: Topology
+    sampler: PassageSampler
+    pool: RolloutPool
+    policy: Policy
+    checkpointer: Checkpointer
+    probe_ids: list[int]
+    log: RunLog | None
+    done: int
+    timer: PhaseTimer
+
+    def say(self, text: str) -> None:
+        """Prints on the first rank."""
+        if self.topology.is_first:
+            print(text, flush=True)
+
+
+def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitStack) -> Run:
+    """Builds the four objects, starts the engines and loads the weights. What must be closed is given to `stack`.
+
+    Raises:
+        ConfigError: the run to be resumed has another corpus or seed than this recipe.
+    """
+    from megatron_spice.checkpoint.checkpointer import Checkpointer, load_tensors
+    from megatron_spice.policy.policy import Policy
+
+    started = time.perf_counter()
+    hf_files = hugging_face_folder(config.policy.model)
+    tokenizer = TextTokenizer.from_dir(hf_files)
+    sampler = PassageSampler(Corpus(config.corpus.path, tokenizer), config.train.seed)
+    checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
+    resume, done = checkpointer.newest(), 0
+    if resume:
+        state = checkpoints.read_state(resume)
+        done = state["iteration"]
+        try:
+            sampler.load_state_dict(state["sampler"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    # Engines come up in processes of their own while this one builds the policy.
+    pool = _make_pool(config, topology, store, tokenizer, hf_files, done)
+    stack.callback(pool.close)
+    pool.launch()
+    policy = Policy(config, read_architecture(config.policy.model), topology)
+    stack.callback(policy.close)
+    if resume:
+        load_tensors(policy, resume, with_optimizer=True)
+    elif checkpoints.is_megatron(config.policy.model):
+        load_tensors(policy, config.policy.model, with_optimizer=False)
+    else:
+        policy.load_hf(config.policy.model)
+    policy.sleep()
+    pool.start()
+
+    log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done)) if topology.is_first else None
+    if topology.is_first:
+        (config.run.dir / "recipe.yaml").write_text(resolved(config))
+    run = Run(config, topology, sampler, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer())
+    run.say(
+        f"{f'resumed from {resume}' if resume else 'started'}: {policy.layout.describe()}, "
+        f"{config.rollout.engines_per_node * topology.num_nodes} engine(s), ready after {time.perf_counter() - started:.0f} s"
+    )
+    return run
+
+
+def _make_pool(
+    config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, hf_files: Path, done: int
+) -> RolloutPool:
+    """The pool with this rank's engine, if it hosts one."""
+    # Engines sample from a seed of their own; a resumed run must not draw what it drew at its start.
+    seed = config.rollout.seed + 7919 * config.train.seed + 104729 * done
+    rollout = config.rollout.model_copy(update={"seed": seed % 2**31})
+    engines = []
+    number = hosted_engine(topology.local_rank, topology.local_world_size, config.rollout.engines_per_node)
+    if number is not None:
+        log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
+        engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path))
+    verifier = Verifier(config.game.verifier)
+    play = functools.partial(
+        _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p, seed=config.train.seed,
+    )  # fmt: skip
+    return RolloutPool(
+        topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, helpers=[verifier]
+    )
+
+
+async def _play(passage: Passage, iteration: int, slot: int, engine: Engine, **rest: Any) -> Episode:
+    return await play_passage(passage, iteration=iteration, slot=slot, engine=engine, **rest)
