@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from small_models import import_transformers
 
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "smollm2-135m-instruct"
 
 
 @pytest.mark.skipif(not MODEL.exists(), reason="needs assets/smollm2-135m-instruct: python examples/fetch_assets.py model ...")
 def test_smollm2_is_transformers_smollm2():
-    from megatron_spice.cluster import platform
-
-    platform.prepare("cpu")
-    import triton  # noqa: F401
+    import_transformers()
     from transformers import AutoModelForCausalLM
 
     ids = [504, 3575, 282, 4649, 314, 7042, 30, 378, 13265, 28, 281, 216, 33, 40, 40, 41, 28, 436, 4168, 1029]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import torch
 
+from megatron_spice.cluster.platform import STUBS
 from megatron_spice.game.records import Trajectory
 
 VOCAB = 403  # odd on purpose: it has to be padded
@@ -14,14 +16,20 @@ VOCAB = 403  # odd on purpose: it has to be padded
 TEXT = "Ghana exports gold and cocoa. Its capital is Accra. Which river feeds the lake? The Volta does, in the east. "
 
 
+def import_transformers() -> None:
+    """Makes transformers importable in the tests' own process: without CUDA its torchvision needs the stand-ins first."""
+    if not torch.cuda.is_available():
+        if str(STUBS) not in sys.path:
+            sys.path.insert(0, str(STUBS))
+        import triton  # noqa: F401
+    import transformers  # noqa: F401
+
+
 def make_model(
     folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0, rope_scaling: bool = False
 ) -> Path:  # fmt: skip
     """4 layers, width 64, 4 heads in 2 groups."""
-    from megatron_spice.cluster import platform
-
-    platform.prepare("cpu")
-    import triton  # noqa: F401  declares what transformers' import of torchvision needs
+    import_transformers()
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     config_class, model_class = {
@@ -67,10 +75,7 @@ def some_trajectories(groups: int = 4, size: int = 3, seed: int = 0) -> list[Tra
 
 def add_tokenizer(folder: Path) -> Path:
     """Gives a model folder a byte-level BPE tokenizer of 400 tokens, with ChatML control tokens."""
-    from megatron_spice.cluster import platform
-
-    platform.prepare("cpu")
-    import triton  # noqa: F401
+    import_transformers()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
