@@ -127,7 +127,3 @@ def _config(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == "__mp_main__":
-    # A process that `multiprocessing` spawned from a rank: Megatron's checkpoint writer keeps one, and nothing else ends
-    # it when its rank is killed.
-    die_with_parent(os.getppid())

@@ -7,11 +7,13 @@ resumed run: they draw from a new seed.
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.hf_files import copy_small_files
@@ -75,7 +77,18 @@ def save_tensors(policy: Trainable, folder: Path, with_optimizer: bool) -> None:
     state = {"model": model_state}
     if with_optimizer:
         state["optimizer"] = policy.optimizer_state(model_state)
+    _keep_results_here()
     dist_checkpointing.save(state, str(folder))
+
+
+def _keep_results_here() -> None:
+    """Gives Megatron's writer an ordinary queue for its results.
+
+    It would start a process for that queue, of use only when the save itself runs in another process, and nothing ends
+    that process when its rank is killed.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> None:
