@@ -21,7 +21,6 @@ def wrap(model: PolicyModel) -> DistributedDataParallel:
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=False,
-        check_for_nan_in_grad=True,
     )
     return DistributedDataParallel(model.config, settings, model)
 

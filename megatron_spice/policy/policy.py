@@ -185,6 +185,7 @@ class Policy:
         results = self._run(rows, forward_only=False, settings=settings)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
+            # The weights are spoilt, but neither saved nor sent: this ends the run before either.
             raise RuntimeError(
                 f"the gradient norm is {grad_norm}; start again from the newest checkpoint with a lower "
                 "policy.learning_rate"
