@@ -117,6 +117,15 @@ def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe
     assert "nothing to do" in _finish(_start(recipe, tmp_path / "killed"))
 
 
+def test_tensor_parallel_ranks_feed_a_tensor_parallel_engine(recipe, tmp_path):
+    _finish(_start(
+        recipe, tmp_path, "train.iterations=1", "policy.pipeline_parallel_size=1", "policy.tensor_parallel_size=2",
+        "rollout.tensor_parallel_size=2",
+    ))  # fmt: skip
+    [metrics] = _metrics(tmp_path)
+    assert metrics["sync/difference"] < 0.02
+
+
 @pytest.mark.parametrize("override, words", [
     ("policy.tensor_parallel_size=3", ["policy.tensor_parallel_size=3", "2 ranks"]),
     ("train.iteration=4", ["train.iteration", "train.iterations"]),
