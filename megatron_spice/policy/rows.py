@@ -46,12 +46,8 @@ class RowTensors:
     old_logprobs_c: torch.Tensor | None = None
 
 
-def row_tensors(row: Row, device: torch.device | str, multiple_of: int = 1) -> RowTensors:
-    """Lays a row out. An empty row becomes one token that counts for nothing.
-
-    Args:
-        multiple_of: the row is padded to a multiple of this with tokens that only attend to themselves.
-    """
+def row_tensors(row: Row, device: torch.device | str) -> RowTensors:
+    """Lays a row out. An empty row becomes one token that counts for nothing."""
     ids: list[int] = []
     positions: list[int] = []
     prompts: list[int] = []  # which prompt a token belongs to
@@ -86,11 +82,8 @@ def row_tensors(row: Row, device: torch.device | str, multiple_of: int = 1) -> R
             sequence += [leaf] * count
             challenger += [trajectory.role == "challenger"] * count
             leaf += 1
-    for padding in range(max(1 if not ids else 0, -len(ids) % multiple_of)):
-        ids.append(0)
-        positions.append(0)
-        prompts.append(-1 - padding)
-        leaves.append(-1)
+    if not ids:
+        ids, positions, prompts, leaves = [0], [0], [0], [-1]
 
     def tensor(values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)

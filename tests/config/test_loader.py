@@ -156,7 +156,7 @@ def test_every_number_and_choice_is_documented():
 
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(recipe):
-    load_config(recipe)
+    assert load_config(recipe).train.iterations >= 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -61,16 +61,16 @@ def test_log_probabilities_are_transformers(results, models, size, tensor, pipel
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size, tensor, pipeline", CASES)
 def test_a_step_is_the_same_in_every_layout(results, size, tensor, pipeline, family):
-    _same(results[size, tensor, pipeline, family, None], results[1, 1, 1, family, None])
+    _check_same(results[size, tensor, pipeline, family, None], results[1, 1, 1, family, None])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size, tensor, pipeline", CASES)
 def test_packing_sharing_and_recompute_change_nothing(results, size, tensor, pipeline, variant):
-    _same(results[size, tensor, pipeline, FAMILIES[0], variant], results[1, 1, 1, FAMILIES[0], None])
+    _check_same(results[size, tensor, pipeline, FAMILIES[0], variant], results[1, 1, 1, FAMILIES[0], None])
 
 
-def _same(result: dict, reference: dict) -> None:
+def _check_same(result: dict, reference: dict) -> None:
     [update], [expected] = result["updates"], reference["updates"]
     assert expected["policy/grad_norm"] > 0.01
     for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "drift/mean", "policy/completion_tokens"):
