@@ -20,6 +20,7 @@ from megatron_spice.config.schema import Config
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.game.baselines import RoleBaselines
 from megatron_spice.game.play import play_passage
 from megatron_spice.game.records import Episode, Passage
 from megatron_spice.game.verify import Verifier
@@ -43,11 +44,15 @@ PROBE = (
 
 @dataclass
 class Run:
-    """What one rank holds of a run; `log` only on the first. `done` is the iteration that was resumed from, 0 if none."""
+    """What one rank holds of a run; `log` only on the first. `done` is the iteration that was resumed from, 0 if none.
+
+    `baselines` are None where a group's own mean is subtracted.
+    """
 
     config: Config
     topology: Topology
     sampler: PassageSampler
+    baselines: RoleBaselines | None
     pool: RolloutPool
     policy: Policy
     checkpointer: Checkpointer
@@ -55,6 +60,11 @@ class Run:
     log: RunLog | None
     done: int
     timer: PhaseTimer
+
+    def state(self, iteration: int) -> dict[str, Any]:
+        """What a resumed run needs besides tensors."""
+        baselines = self.baselines.state_dict() if self.baselines else {}
+        return {"iteration": iteration, "sampler": self.sampler.state_dict(), "baselines": baselines}
 
     def say(self, text: str) -> None:
         """Prints on the first rank."""
@@ -65,8 +75,10 @@ class Run:
 def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitStack) -> Run:
     """Builds the four objects, starts the engines and loads the weights. What must be closed is given to `stack`.
 
+    Afterwards the policy is awake and the engines sleep, as between any two iterations.
+
     Raises:
-        ConfigError: the run to be resumed has another corpus or seed than this recipe.
+        ConfigError: the run to be resumed has another corpus or seed than this recipe, or this machine cannot run it.
     """
     from megatron_spice.checkpoint.checkpointer import Checkpointer, load_tensors
     from megatron_spice.policy.policy import Policy
@@ -75,6 +87,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
     sampler = PassageSampler(Corpus(config.corpus.path, tokenizer), config.train.seed)
+    baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
     resume, done = checkpointer.newest(), 0
     if resume:
@@ -82,13 +95,17 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         done = state["iteration"]
         try:
             sampler.load_state_dict(state["sampler"])
+            if baselines is not None:
+                baselines.load_state_dict(state.get("baselines", {}))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    # Engines come up in processes of their own while this one builds the policy.
     pool = _make_pool(config, topology, store, tokenizer, hf_files, done)
     stack.callback(pool.close)
-    pool.launch()
+    if topology.device == "cpu":
+        # Engines come up in processes of their own while this one builds the policy. On an accelerator they would count
+        # as theirs what the policy is about to take.
+        pool.launch()
     policy = Policy(config, read_architecture(config.policy.model), topology)
     stack.callback(policy.close)
     if resume:
@@ -97,15 +114,21 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         load_tensors(policy, config.policy.model, with_optimizer=False)
     else:
         policy.load_hf(config.policy.model)
-    policy.sleep()
+    policy.sleep(keep_weights=False)
+    dist.barrier()
     pool.start()
+    pool.sleep()
+    dist.barrier()
+    policy.wake()
 
     log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done)) if topology.is_first else None
     if topology.is_first:
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
-    run = Run(config, topology, sampler, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer())
+    run = Run(
+        config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer()
+    )
     run.say(
-        f"{f'resumed from {resume}' if resume else 'started'}: {policy.layout.describe()}, "
+        f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
         f"{config.rollout.engines_per_node * topology.num_nodes} engine(s), ready after {time.perf_counter() - started:.0f} s"
     )
     return run

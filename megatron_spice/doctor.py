@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_spice import machine
 from megatron_spice.config.checks import check
 from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.fp8_needs import EMULATED, NEEDS, fp8_obstacles
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
 
@@ -70,6 +71,7 @@ def main(as_json: bool = False) -> int:
     report = {
         "machine": [*_hardware(gpus), *_batch_system()],
         "packages": [*(_package(package, bool(gpus)) for package in PACKAGES), _apex()],
+        "training": [*(_fp8(recipe, gpus) for recipe in NEEDS), _fused_optimiser(gpus), _gradient_fusion(gpus)],
         "recipes": [_recipe(path, gpus) for path in sorted(EXAMPLES.glob("*.yaml"))],
     }
     if as_json:
@@ -152,6 +154,51 @@ def _apex() -> Finding:
     return Finding("Apex", "absent", "optional, fused optimiser", f"not the apex on PyPI, another project; {APEX_REMEDY}")
 
 
+def _fp8(recipe: str, gpus: list[machine.Accelerator]) -> Finding:
+    """Whether `policy.fp8.recipe` would run in real FP8 here, or be emulated, and what is missing for it."""
+    name = f"FP8 {recipe}"
+    if not gpus:
+        if recipe in EMULATED:
+            return Finding(name, "ok", "emulated on the CPU: operands rounded to FP8, wider products")
+        return Finding(name, "absent", f"needs a GPU; emulated are {' and '.join(EMULATED)}")
+    obstacles = _fp8_obstacles(recipe)
+    if obstacles:
+        return Finding(name, "missing", "", "\n".join(obstacles))
+    engine, capability = machine.first_version("transformer-engine"), machine.compute_capability()
+    gpu = "of unknown compute capability" if capability is None else "of compute capability {}.{}".format(*capability)
+    return Finding(name, "ok", f"Transformer Engine {engine}, GPUs {gpu}, CUDA {machine.torch_cuda()}")
+
+
+def _fp8_obstacles(recipe: str) -> list[str]:
+    engine = machine.first_version("transformer-engine")
+    return fp8_obstacles(recipe, engine, machine.compute_capability(), machine.torch_cuda())
+
+
+def _fused_optimiser(gpus: list[machine.Accelerator]) -> Finding:
+    """Whose Adam a run would take, in the order of policy/fused.py."""
+    name = "fused optimiser"
+    if not gpus:
+        return Finding(name, "absent", "torch's AdamW; fused ones are for GPUs")
+    if machine.apex().state == "nvidia":
+        return Finding(name, "ok", "Apex FusedAdam")
+    if machine.first_version("transformer-engine"):
+        return Finding(name, "ok", "Transformer Engine FusedAdam")
+    return Finding(name, "missing", "torch's AdamW", f"Transformer Engine has one: {INSTALL}. {APEX_REMEDY}")
+
+
+def _gradient_fusion(gpus: list[machine.Accelerator]) -> Finding:
+    """Whether weight gradients are added to the float32 buffer as they are computed. Transformer Engine's layers do it
+    themselves; Apex's kernel is for Megatron's own, which a run takes only without Transformer Engine."""
+    name = "weight-gradient fusion"
+    if not gpus:
+        return Finding(name, "absent", "torch: a gradient, then an addition; fused ones are for GPUs")
+    if machine.first_version("transformer-engine"):
+        return Finding(name, "ok", "Transformer Engine, in its layers")
+    if machine.apex().state == "nvidia" and machine.has_module("fused_weight_gradient_mlp_cuda"):
+        return Finding(name, "ok", "Apex, in Megatron's layers")
+    return Finding(name, "missing", "torch: a gradient, then an addition", f"Transformer Engine has it: {INSTALL}")
+
+
 def _recipe(path: Path, gpus: list[machine.Accelerator]) -> Finding:
     """Whether a recipe can run on one node like this machine, and if not, everything that is in its way."""
     try:
@@ -178,6 +225,8 @@ def _lacks(config: Config, gpus: list[machine.Accelerator]) -> list[str]:
         needed = package.needed == "always" or (package.needed == "cuda" and gpus and config.cluster.device != "cpu")
         if needed and machine.first_version(*package.distributions) is None:
             lacks.append(f"{package.title} is not installed: {package.remedy}")
+    if gpus and config.cluster.device != "cpu" and config.policy.precision == "fp8":
+        lacks += _fp8_obstacles(config.policy.fp8.recipe)
     if config.cluster.device == "cuda" and len(gpus) < config.cluster.ranks_per_node:
         lacks.append(f"{config.cluster.ranks_per_node} GPUs a node (cluster.ranks_per_node), this machine has {len(gpus)}")
     return lacks

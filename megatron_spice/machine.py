@@ -10,9 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -36,6 +38,13 @@ def accelerators() -> list[Accelerator]:
         if len(parts) == 3 and parts[1].isdigit():
             found.append(Accelerator(parts[0], int(parts[1]), parts[2]))
     return found
+
+
+@cache
+def compute_capability() -> tuple[int, int] | None:
+    """The lowest of this machine's GPUs: (9, 0) is Hopper. None without GPUs, or with a driver too old to be asked."""
+    text = output_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
+    return min(((int(major), int(minor)) for major, minor in re.findall(r"(\d+)\.(\d+)", text)), default=None)
 
 
 def output_of(command: list[str], timeout: float = 20.0) -> str | None:
@@ -107,6 +116,21 @@ def version(distribution: str) -> str | None:
 def first_version(*distributions: str) -> str | None:
     """Version of the first of several distributions that is installed (a package may come for several CUDA releases)."""
     return next((found for name in distributions if (found := version(name))), None)
+
+
+def has_module(name: str) -> bool:
+    """Whether a top-level module could be imported; it is not."""
+    return importlib.util.find_spec(name) is not None
+
+
+def torch_cuda() -> str | None:
+    """The release of CUDA that the installed torch was built for, read from its `version.py`; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec and spec.submodule_search_locations) or []
+    for file in (Path(folder) / "version.py" for folder in folders):
+        if file.is_file() and (found := re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", file.read_text(), re.MULTILINE)):
+            return found[1]
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from megatron_spice import machine
 from megatron_spice.config.checks import check, check_layout, check_paths
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.hf import ModelArchitecture, read_architecture
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
 
 RANKS_SHOWN = 64
@@ -19,18 +21,22 @@ RANKS_SHOWN = 64
 def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
     """The plan as text, and what is in its way (empty when the recipe can run here)."""
     problems: list[str] = []
-    model = "not readable"
+    model, layout = "not readable", None
     try:
-        shape = check(config, num_nodes)
-        model = (
-            f"{shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-            f"{shape.num_attention_heads} heads, {shape.num_query_groups} key/value heads, vocabulary {shape.vocab_size}"
-        )
+        check(config, num_nodes)
     except ConfigError as error:
         problems = error.problems
+    try:
+        shape = read_architecture(config.policy.model)
+        model = _model(shape)
+        layout = ParallelLayout.of(config.policy, shape, num_nodes * config.cluster.ranks_per_node)
+    except ConfigError:
+        pass  # among the problems already
     parts = [f"# Recipe, with every default filled in\n{resolved(config)}", f"# Model\n{model}\n", _paths(config)]
+    if layout is not None:
+        parts.append(_ranks(config, num_nodes, layout))
     if not check_layout(config, num_nodes):
-        parts += [_ranks(config, num_nodes), _engines(config, num_nodes)]
+        parts.append(_engines(config, num_nodes))
     return "\n".join(parts), problems
 
 
@@ -54,21 +60,32 @@ def _paths(config: Config) -> str:
     return "# Paths\n" + "".join(f"{name:<13} {path}  ({state})\n" for name, path, state in rows)
 
 
-def _ranks(config: Config, num_nodes: int) -> str:
-    """Megatron numbers ranks with the tensor-parallel rank fastest, then data, then the pipeline stage."""
-    tensor, pipeline = config.policy.tensor_parallel_size, config.policy.pipeline_parallel_size
-    per_node = config.cluster.ranks_per_node
-    ranks = num_nodes * per_node
-    data = ranks // (tensor * pipeline)
+def _model(shape: ModelArchitecture) -> str:
+    experts = f", {shape.num_experts} experts, {shape.experts_per_token} of them a token" if shape.num_experts else ""
+    return (
+        f"{shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads, "
+        f"{shape.num_query_groups} key/value heads, vocabulary {shape.vocab_size}{experts}"
+    )
+
+
+def _ranks(config: Config, num_nodes: int, layout: ParallelLayout) -> str:
+    """Megatron numbers ranks with the tensor-parallel rank fastest, then context, then data, then the pipeline stage."""
+    per_node, ranks = config.cluster.ranks_per_node, layout.world_size
     lines = [
-        f"# Ranks: {ranks} = tensor {tensor} x data {data} x pipeline {pipeline}, {num_nodes} x {per_node}, "
-        f"on {machine.device(config.cluster.device)}",
-        "rank  node  local  tensor  data  pipeline",
+        f"# Ranks: {ranks} = tensor {layout.tensor} x context {layout.context} x data {layout.data} x pipeline "
+        f"{layout.pipeline}, {num_nodes} x {per_node}, on {machine.device(config.cluster.device)}: {layout.describe()}",
+        "rank  node  local  tensor  context  data  expert  pipeline  layers",
     ]
     for rank in range(min(ranks, RANKS_SHOWN)):
+        rest, tensor = divmod(rank, layout.tensor)
+        rest, context = divmod(rest, layout.context)
+        pipeline, data = divmod(rest, layout.data)
+        expert = rank % (ranks // layout.pipeline) % layout.expert
+        chunks = [layout.layers_of(chunk) for chunk in range(pipeline, len(layout.chunk_layers), layout.pipeline)]
+        layers = " ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks)
         lines.append(
-            f"{rank:>4}  {rank // per_node:>4}  {rank % per_node:>5}  {rank % tensor:>6}  "
-            f"{rank // tensor % data:>4}  {rank // (tensor * data):>8}"
+            f"{rank:>4}  {rank // per_node:>4}  {rank % per_node:>5}  {tensor:>6}  {context:>7}  {data:>4}  {expert:>6}  "
+            f"{pipeline:>8}  {layers}"
         )
     if ranks > RANKS_SHOWN:
         lines.append(f"... and {ranks - RANKS_SHOWN} more")

@@ -1,13 +1,13 @@
 """Training: SPICE's Algorithm 1 over four objects, a corpus sampler, a rollout pool, a policy and a checkpointer.
 
-Every rank runs this file. `_iterate` is the algorithm, and the order in which engines and trainer share the
-accelerators: drain and sleep the engines, train, wake their weights, sync, wake their KV cache.
+Every rank runs this file. `_iterate` is the algorithm. Engines and policy take turns on the accelerators: between
+iterations the policy has them and the engines sleep, so that a checkpoint is saved from what is awake anyway, and an
+iteration begins with the sync. `_to_engines` and `_to_policy` are the two hand-overs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch.distributed as dist
 
@@ -33,8 +33,6 @@ def train(config: Config) -> None:
         return
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
         run = assemble(config, topology, store, stack)
-        _sync(run, version=run.done)
-        run.timer.restart()
         for iteration in range(run.done + 1, config.train.iterations + 1):
             _iterate(run, iteration)
 
@@ -42,56 +40,64 @@ def train(config: Config) -> None:
 def _iterate(run: Run, iteration: int) -> None:
     """One iteration of Algorithm 1."""
     config, timer = run.config, run.timer
+    with timer.phase("sync"):
+        synced = _to_engines(run, version=iteration - 1)
     passages = run.sampler.next(config.train.passages)
     with timer.phase("play"):
         episodes = run.pool.play(iteration, passages)
     trajectories = game.trajectories(episodes, config.game)
-    with timer.phase("train"), _accelerator_for_training(run):
+    if run.baselines is not None:
+        trajectories = run.baselines.apply(trajectories)
+    with timer.phase("wake"):
+        woken = _to_policy(run)
+    with timer.phase("train"):
         update = run.policy.update(trajectories)
-    with timer.phase("sync"):
-        synced = _sync(run, version=iteration)
     seconds = timer.metrics()
     timer.restart()
+    if config.policy.precision == "fp8" and iteration == run.done + 1:
+        run.say("\n".join(run.policy.audit_lines()))
     if run.log is not None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
+        metrics = {**game.metrics(episodes), **update, **synced, **woken, **speed, **seconds}
         run.log.episodes([game.episode_record(episode) for episode in episodes])
-        run.log.iteration(
-            iteration, config.train.iterations, {**game.metrics(episodes), **update, **synced, **speed, **seconds}
-        )
+        run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)
     if run.checkpointer.is_due(iteration, config.train.iterations):
         # After the log, which a resumed run cuts to the checkpoint: what is saved is also written. Its seconds are the
         # next iteration's.
         with timer.phase("save"):
-            saved = run.checkpointer.save(run.policy, {"iteration": iteration, "sampler": run.sampler.state_dict()})
+            saved = run.checkpointer.save(run.policy, run.state(iteration))
         run.say(f"saved {saved} in {timer.metrics()['seconds/save']:.1f} s")
 
 
-@contextmanager
-def _accelerator_for_training(run: Run) -> Iterator[None]:
-    """The engines give their memory up for the length of the block; afterwards their weights are awake, to be written.
+def _to_engines(run: Run, version: int) -> dict[str, float]:
+    """Hands the accelerators to the engines, with the policy's weights, and checks that they have arrived.
 
-    Both ways all ranks wait for each other: an engine's memory lies on accelerators of ranks other than its host.
+    Each waits for what it needs: the weights' place in the engines for gradients and optimiser state to be gone, the KV
+    cache for the policy's own weights. And all ranks for each other: an engine's memory lies on accelerators of ranks
+    other than its host.
     """
+    config, policy, pool = run.config, run.policy, run.pool
+    metrics = policy.sleep(keep_weights=True)
+    dist.barrier()
+    pool.wake([WEIGHTS])
+    seconds, num_bytes = sync.push(policy.hf_buckets, policy.hf_names, pool.engines, str(version))
+    ours = policy.score(run.probe_ids) if config.rollout.verify_sync else None
+    metrics |= policy.sleep_weights()
+    dist.barrier()
+    pool.wake([KV_CACHE])
+    difference = None
+    if ours is not None:
+        tolerance = config.rollout.sync_tolerance or sync.TOLERANCE[config.policy.precision]
+        difference = sync.verify(ours, pool.engines, run.probe_ids, tolerance)
+    return metrics | sync.SyncReport(seconds, num_bytes, difference).metrics()
+
+
+def _to_policy(run: Run) -> dict[str, float]:
+    """Hands the accelerators back to the policy once all engines are idle and asleep."""
     run.pool.sleep()
     dist.barrier()
-    run.policy.wake()
-    yield
-    run.policy.sleep()
-    dist.barrier()
-    run.pool.wake([WEIGHTS])
-
-
-def _sync(run: Run, version: int) -> dict[str, float]:
-    """The policy's weights to all engines, checked; then the engines may play."""
-    rollout = run.config.rollout
-    seconds, num_bytes = sync.push(run.policy.hf_buckets, run.policy.hf_names, run.pool.engines, str(version))
-    run.pool.wake([KV_CACHE])
-    difference = None
-    if rollout.verify_sync:
-        tolerance = rollout.sync_tolerance or sync.TOLERANCE[run.config.policy.precision]
-        difference = sync.verify(run.policy.score, run.pool.engines, run.probe_ids, tolerance)
-    return sync.SyncReport(seconds, num_bytes, difference).metrics()
+    return run.policy.wake()
 
 
 def _warn_of_drift(run: Run, update: dict[str, float]) -> None:

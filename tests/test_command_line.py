@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "examples/quickstart.yaml"
+
+
+MODEL = {
+    "model_type": "llama", "num_hidden_layers": 5, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 403, "max_position_embeddings": 4096,
+}  # fmt: skip
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,13 +68,18 @@ def test_an_impossible_plan_is_printed_and_refused():
 
 
 def test_a_plan_shows_every_rank_once(tmp_path):
-    done = run("plan", QUICKSTART, "cluster.ranks_per_node=4", "policy.tensor_parallel_size=2", "--nodes", "2")
+    settings = ["cluster.ranks_per_node=4", "policy.context_parallel_size=2", "policy.virtual_pipeline_size=2"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    done = run("plan", QUICKSTART, *settings, f"policy.model={model}", "--nodes", "2")
     table = done.stdout.partition("rank  node")[2].partition("\n\n")[0].splitlines()[1:]
-    rows = [tuple(map(int, line.split())) for line in table]
+    rows = [tuple(map(int, line.split()[:8])) for line in table]
     assert [row[0] for row in rows] == list(range(8))
     assert [row[1] for row in rows] == [0] * 4 + [1] * 4
     assert len({row[3:] for row in rows}) == 8
-    assert "tensor 2 x data 2 x pipeline 2" in done.stdout
+    assert {line.split(maxsplit=8)[8] for line in table} == {"0-0 3-3", "1-2 4-4"}
+    assert "tensor 1 x context 2 x data 2 x pipeline 2" in done.stdout
 
 
 def test_config_prints_a_recipe_that_loads_again(tmp_path):

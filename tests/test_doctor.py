@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,75 @@ def test_gpus_and_slurm_are_read_from_their_tools(tmp_path):
     assert rows["accelerator"]["value"] == "NVIDIA H100 80GB HBM3, 80 GiB, driver 580.10"
     assert rows["Slurm"]["value"] == "slurm 24.05.1"
     assert rows["torch on CUDA"]["state"] in ("wrong", "missing")
+
+
+def gpu_machine(
+    path: Path, capability: str = "9.0", engine: str | None = "2.9.0", cuda: str | None = "13.0"
+) -> dict[str, dict[str, dict[str, str]]]:
+    """The doctor's report on a made-up machine with a GPU: its tools and its installed packages stand in `path`."""
+    bin, site = path / "bin", path / "site"
+    for folder in (bin, site / "torch"):
+        folder.mkdir(parents=True, exist_ok=True)
+    answers = f"*compute_cap*) echo {capability};; *) echo 'NVIDIA H100, 81559, 580.10';;"
+    executable(bin / "nvidia-smi", f'case "$*" in {answers} esac')
+    (site / "torch" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    lines = ["__version__ = '2.13.0'", f"cuda: Optional[str] = {cuda!r}", "cuda_x = '1.0'", ""]
+    (site / "torch" / "version.py").write_text("\n".join(lines))
+    if engine:
+        metadata = site / f"transformer_engine-{engine}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {engine}\n")
+    return report(path=bin, python_path=site)
+
+
+def test_fp8_on_a_hopper_is_real(tmp_path):
+    rows = gpu_machine(tmp_path)["training"]
+    for recipe in ("blockwise", "tensorwise", "delayed"):
+        assert rows[f"FP8 {recipe}"]["state"] == "ok"
+        assert rows[f"FP8 {recipe}"]["value"] == "Transformer Engine 2.9.0, GPUs of compute capability 9.0, CUDA 13.0"
+    assert rows["fused optimiser"]["value"] == "Transformer Engine FusedAdam"
+    assert rows["weight-gradient fusion"]["value"] == "Transformer Engine, in its layers"
+
+
+def test_what_is_missing_for_an_fp8_recipe_is_said_with_its_remedy(tmp_path):
+    rows = gpu_machine(tmp_path, capability="8.9", engine="2.2.0", cuda="12.8")
+    blockwise, tensorwise = rows["training"]["FP8 blockwise"], rows["training"]["FP8 tensorwise"]
+    assert blockwise["state"] == "missing" and tensorwise["state"] == "ok"
+    for said in ("2.3 or newer, found 2.2.0", "9.0 or newer, found 8.9", "12.9 or newer, found 12.8", "recipe=tensorwise"):
+        assert said in blockwise["remedy"]
+    assert "9.0 or newer, found 8.9" in rows["recipes"]["qwen3-8b-1n8g-tp2pp1-fp8.yaml"]["remedy"]
+    assert "compute capability" not in rows["recipes"]["qwen3-4b-1n8g-tp2pp1-bf16.yaml"]["remedy"]
+
+
+def test_without_transformer_engine_a_gpu_has_no_fp8_and_nothing_fused(tmp_path):
+    rows = gpu_machine(tmp_path, engine=None, cuda=None)["training"]
+    assert "not installed" in rows["FP8 delayed"]["remedy"] and "found none" in rows["FP8 delayed"]["remedy"]
+    assert rows["fused optimiser"]["state"] == rows["weight-gradient fusion"]["state"] == "missing"
+
+
+def test_nvidias_apex_comes_first_for_the_optimiser(tmp_path):
+    (tmp_path / "site" / "apex" / "optimizers").mkdir(parents=True)
+    (tmp_path / "site" / "apex" / "__init__.py").touch()
+    (tmp_path / "site" / "fused_weight_gradient_mlp_cuda.py").touch()
+    both = gpu_machine(tmp_path)["training"]
+    assert both["fused optimiser"]["value"] == "Apex FusedAdam"
+    assert both["weight-gradient fusion"]["value"] == "Transformer Engine, in its layers"
+    shutil.rmtree(tmp_path / "site" / "transformer_engine-2.9.0.dist-info")
+    alone = report(path=tmp_path / "bin", python_path=tmp_path / "site")["training"]
+    assert alone["weight-gradient fusion"]["value"] == "Apex, in Megatron's layers"
+
+
+@pytest.mark.skipif(bool(machine.accelerators()), reason="this machine has GPUs")
+def test_without_a_gpu_fp8_is_emulated():
+    rows = report()["training"]
+    assert rows["FP8 blockwise"]["value"].startswith("emulated") and rows["FP8 delayed"]["state"] == "absent"
+    assert rows["fused optimiser"]["value"].startswith("torch") and rows["weight-gradient fusion"]["value"].startswith("torch")
+
+
+def test_the_torch_that_is_installed_is_read_without_importing_it():
+    import torch
+
+    assert machine.torch_cuda() == torch.version.cuda
 
 
 def test_a_broken_driver_is_no_gpu(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.hf_files import copy_small_files
@@ -92,10 +93,23 @@ def _keep_results_here() -> None:
 
 
 def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> None:
-    """Loads a checkpoint's weights into whatever layout `policy` has, and the optimiser if wanted."""
+    """Loads a checkpoint's weights into whatever layout `policy` has, and the optimiser if wanted.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors of this model.
+    """
     model_state = policy.model_state()
     state = {"model": model_state}
     if with_optimizer:
         state["optimizer"] = policy.optimizer_state(model_state, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(checkpoint / store.WEIGHTS))
-    policy.load_state(loaded["model"], loaded.get("optimizer"))
+    # What Transformer Engine keeps beside its weights is not in a checkpoint of Megatron's own layers: it starts anew.
+    beside = [(chunk, name) for chunk, part in model_state.items() for name in part if "_extra_state" in name]
+    loaded, _, absent = dist_checkpointing.load(
+        state, str(checkpoint / store.WEIGHTS), strict=StrictHandling.RETURN_UNEXPECTED
+    )
+    lost = sorted(key for key in absent if not key.endswith("_extra_state"))
+    if lost:
+        raise ValueError(f"{checkpoint} lacks {lost[:5]} ({len(lost)} in all): it is of another architecture than its config.json")
+    for chunk, name in beside:
+        loaded["model"][chunk].setdefault(name, None)
+    policy.load_state(loaded["model"], loaded["optimizer"] if with_optimizer else None)

@@ -9,6 +9,7 @@ the numbers. On a machine without CUDA those few names are redirected, once, as 
     device="cuda" in any torch call     -> device="cpu"; Tensor.cuda() is the tensor itself
     Tensor.type()                       -> "torch.cuda.*Tensor": the distributed optimizer compares the name
     Megatron's own pair of functions for CUDA's random state, which ask the driver -> the CPU generator's
+    Megatron's experts: a name that only Transformer Engine brings -> None; split sizes become numbers on CPU too
 
 On CUDA nothing is touched. The stand-ins for Triton and SGLang's kernels are in `stubs/`; only packages that cannot be
 imported without them see those.
@@ -59,6 +60,7 @@ def prepare(device: str = "auto") -> str:
         _add_stubs()
         _redirect = _redirect_cuda()
         _redirect_megatron_rng()
+        _redirect_megatron_experts()
     return "cpu"
 
 
@@ -163,3 +165,17 @@ def _redirect_megatron_rng() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _redirect_megatron_experts() -> None:
+    """The router asks for Transformer Engine's product by name before it looks whether it is there; the all-to-all
+    dispatcher makes numbers of its split sizes only when they lie on CUDA."""
+    import torch
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = as_numbers

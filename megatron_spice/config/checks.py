@@ -10,6 +10,7 @@ import json
 
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
+from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
 from megatron_spice.config.schema import Config
 
 
@@ -26,7 +27,7 @@ def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
     except ConfigError as error:
         problems += error.problems
     else:
-        problems += check_model(config, architecture) + check_corpus(config, architecture)
+        problems += check_model(config, architecture, num_nodes) + check_corpus(config, architecture)
     if problems or architecture is None:
         raise ConfigError(problems)
     return architecture
@@ -61,18 +62,12 @@ def check_layout(config: Config, num_nodes: int) -> list[str]:
     problems = []
     policy, rollout, per_node = config.policy, config.rollout, config.cluster.ranks_per_node
     ranks = num_nodes * per_node
-    shard = policy.tensor_parallel_size * policy.pipeline_parallel_size
-    if ranks % shard:
-        nodes = f"{num_nodes} node" + ("s" if num_nodes > 1 else "")
-        problems.append(
-            f"policy.tensor_parallel_size={policy.tensor_parallel_size} x policy.pipeline_parallel_size="
-            f"{policy.pipeline_parallel_size} = {shard} does not divide the {ranks} ranks ({nodes} x "
-            f"cluster.ranks_per_node={per_node}); make their product one of {_divisors(ranks)}, or change the ranks"
-        )
+    nodes = f"{num_nodes} node" + ("s" if num_nodes > 1 else "")
+    problems += rank_problems(policy, ranks, f"{ranks} ranks ({nodes} x cluster.ranks_per_node={per_node})")
     if per_node % rollout.engines_per_node:
         problems.append(
             f"rollout.engines_per_node={rollout.engines_per_node} does not divide cluster.ranks_per_node={per_node}; "
-            f"choose one of {_divisors(per_node)}"
+            f"choose one of {divisors(per_node)}"
         )
     if rollout.engines_per_node * rollout.tensor_parallel_size > per_node:
         problems.append(
@@ -102,35 +97,13 @@ def check_game(config: Config) -> list[str]:
     return problems
 
 
-def check_model(config: Config, architecture: ModelArchitecture) -> list[str]:
+def check_model(config: Config, architecture: ModelArchitecture, num_nodes: int = 1) -> list[str]:
     """The model's numbers against the layout and the prompts."""
-    problems = []
-    pipeline = config.policy.pipeline_parallel_size
-    for key, size in (
-        ("policy.tensor_parallel_size", config.policy.tensor_parallel_size),
-        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
-    ):
-        problems += _check_tensor_parallel(key, size, architecture)
-    if architecture.num_layers % pipeline:
-        problems.append(
-            f"policy.pipeline_parallel_size={pipeline} does not divide the model's num_hidden_layers="
-            f"{architecture.num_layers}; choose one of {_divisors(architecture.num_layers)}"
-        )
+    ranks = num_nodes * config.cluster.ranks_per_node
+    told = rank_problems(config.policy, ranks)  # check_layout says it with the nodes
+    problems = [problem for problem in layout_problems(config.policy, architecture, ranks) if problem not in told]
+    problems += tensor_problems("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, architecture)
     return problems + _check_context(config, architecture)
-
-
-def _check_tensor_parallel(key: str, size: int, architecture: ModelArchitecture) -> list[str]:
-    numbers = {
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_query_groups,
-        "intermediate_size": architecture.ffn_hidden_size,
-    }
-    fits = [n for n in _divisors(architecture.num_query_groups) if not any(number % n for number in numbers.values())]
-    return [
-        f"{key}={size} does not divide the model's {name}={number}; choose one of {fits}"
-        for name, number in numbers.items()
-        if number % size
-    ][:1]
 
 
 def _check_context(config: Config, architecture: ModelArchitecture) -> list[str]:
@@ -182,7 +155,3 @@ def check_corpus(config: Config, architecture: ModelArchitecture) -> list[str]:
             f"allows {architecture.max_position_embeddings}), or cut the corpus with a smaller --max-tokens"
         )
     return problems
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

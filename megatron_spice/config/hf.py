@@ -2,7 +2,7 @@
 
 Every room that must know a model's shape (layout checks, model construction, the weight name table) reads it from here,
 so there is one place that knows what `config.json` calls things. Families differ in what they leave unsaid: Qwen2 has
-query/key/value biases, Qwen3 normalises queries and keys, and neither writes it down.
+query/key/value biases, Qwen3 normalises queries and keys, Qwen3-MoE has experts, and none of them writes it down.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ class Family:
     qk_norm: bool
     head_dim: int | None = None
     """Head width where `config.json` has none; None: hidden size / heads."""
+    experts: bool = False
+    """Every layer's MLP is a mixture of experts."""
 
 
 FAMILIES = {
     "llama": Family(qkv_bias=False, qk_norm=False),
     "qwen2": Family(qkv_bias=True, qk_norm=False),
     "qwen3": Family(qkv_bias=False, qk_norm=True, head_dim=128),
+    "qwen3_moe": Family(qkv_bias=False, qk_norm=True, experts=True),
 }
 
 
@@ -64,6 +67,13 @@ class ModelArchitecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    num_experts: int | None = None
+    """Experts of each layer's mixture; None: a dense model."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    """Width of one expert's gated MLP (`ffn_hidden_size` is then unused by the layers)."""
+    normalize_expert_weights: bool = True
+    """The chosen experts' weights add up to one (Hugging Face: `norm_topk_prob`)."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any], source: str = "config.json") -> ModelArchitecture:
@@ -98,8 +108,11 @@ class ModelArchitecture:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            **(_experts(config, numbers) if family.experts else {}),
         )
         problems = numbers.problems + _unsupported(config, source)
+        if family.experts:
+            problems += _unsupported_experts(config, architecture, source)
         if architecture.num_attention_heads % architecture.num_query_groups:
             problems.append(
                 f"{source}: num_key_value_heads={architecture.num_query_groups} does not divide "
@@ -126,6 +139,16 @@ class _Numbers:
         found = "is missing" if value is None else f"is {value!r}"
         self.problems.append(f"{self.source}: {name} {found}; a positive whole number is needed")
         return 1
+
+
+def _experts(config: dict[str, Any], numbers: _Numbers) -> dict[str, Any]:
+    """A mixture's fields; transformers 5 writes `num_local_experts` where older files say `num_experts`."""
+    return {
+        "num_experts": numbers.read("num_experts", config.get("num_local_experts")),
+        "experts_per_token": numbers.read("num_experts_per_tok"),
+        "expert_ffn_hidden_size": numbers.read("moe_intermediate_size"),
+        "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +180,24 @@ def _unsupported(config: dict[str, Any], source: str) -> list[str]:
         problems.append(f"{source}: rope scaling {scaling} is not supported; supported: {LLAMA3_ROPE} with any factor")
     if config.get("quantization_config"):
         problems.append(f"{source}: quantised weights (quantization_config) are not supported; use the bf16 model")
+    return problems
+
+
+def _unsupported_experts(config: dict[str, Any], architecture: ModelArchitecture, source: str) -> list[str]:
+    """Mixtures that the policy does not build: layers without experts among the others, and choices that cannot be made."""
+    problems = []
+    if config.get("mlp_only_layers"):
+        problems.append(f"{source}: mlp_only_layers={config['mlp_only_layers']} is not supported; supported: []")
+    if config.get("decoder_sparse_step", 1) != 1:
+        problems.append(f"{source}: decoder_sparse_step={config['decoder_sparse_step']} is not supported; supported: 1")
+    chosen, experts = architecture.experts_per_token, architecture.num_experts
+    if chosen > experts:
+        problems.append(f"{source}: num_experts_per_tok={chosen} is more than num_experts={experts}")
+    if chosen == 1 and architecture.normalize_expert_weights:
+        problems.append(
+            f"{source}: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight is always 1, "
+            "so the router would learn nothing"
+        )
     return problems
 
 

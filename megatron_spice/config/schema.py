@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 AnswerType = Literal["MCQ", "Integer", "Expression", "String"]
 ChallengerReward = Literal["variance", "threshold", "r_zero", "absolute_zero"]
 
@@ -67,6 +67,10 @@ class GameConfig(Room):
         "none", description="`span`: the answer must occur in the passage and not in the question (MCQ: the chosen option's text)."
     )
     reject_references: bool = Field(False, description="Reject questions that point at the passage (`in the text`, ...).")
+    advantage_baseline: Literal["group", "role"] = Field(
+        "group", description="What is subtracted from a reward: the mean of its group, or a running mean of its role (SPIRAL)."
+    )
+    baseline_decay: float = Field(0.95, ge=0, lt=1, description="Of the running mean of `role`, an iteration.")
     fixed_challenger: bool = Field(False, description="Ablation: Challenger trajectories are not trained on.")
     no_corpus: bool = Field(False, description="Ablation: the Challenger invents a task without a passage.")
     challenger_max_tokens: PositiveInt = Field(4096, description="Longest Challenger completion.")
@@ -89,7 +93,7 @@ class RolloutConfig(Room):
     bucket_mb: PositiveInt = Field(256, description="Weights travel to the engines in buckets of this size, MiB.")
     verify_sync: bool = Field(True, description="After each sync compare engine and policy log-probs on a fixed text.")
     sync_tolerance: PositiveFloat | None = Field(
-        None, description="Largest mean absolute difference verify_sync accepts; None: 0.02 in fp32, 0.15 in bf16."
+        None, description="Largest mean absolute difference verify_sync accepts; None: by precision (weights/sync.py)."
     )
     drift_alarm: PositiveFloat = Field(0.2, description="Warn when mean |engine - policy| log-prob passes this.")
     start_timeout: PositiveFloat = Field(300.0, description="Seconds an engine may take to come up.")
@@ -97,11 +101,35 @@ class RolloutConfig(Room):
     seed: int = Field(0, ge=0, description="Seed of the engines' own sampling.")
 
 
+class Fp8Config(Room):
+    """What `policy.precision: fp8` means; unused by the other precisions."""
+
+    recipe: Literal["blockwise", "tensorwise", "delayed"] = Field(
+        "blockwise", description="Scaling: 1x128 activations and 128x128 weights, one scale a tensor, or one from past steps."
+    )
+    format: Literal["e4m3", "hybrid"] = Field("e4m3", description="`hybrid`: gradients in E5M2, the rest in E4M3.")
+    first_layers_bf16: int = Field(0, ge=0, description="So many layers at the start stay in bf16.")
+    last_layers_bf16: int = Field(0, ge=0, description="So many layers at the end stay in bf16.")
+
+
+class RoleWeightsConfig(Room):
+    challenger: float = Field(1.0, ge=0)
+    reasoner: float = Field(1.0, ge=0)
+
+
 class PolicyConfig(Room):
     model: Path = Field(description="Megatron checkpoint made by tools/convert_checkpoint.py, or a Hugging Face folder.")
     tensor_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = Field(True, description="Split norms and residuals over the tensor-parallel ranks, if any.")
     pipeline_parallel_size: PositiveInt = 1
-    precision: Precision = Field("bf16", description="bf16 keeps float32 master weights in the optimiser.")
+    virtual_pipeline_size: PositiveInt = Field(1, description="Chunks of layers on each stage (interleaved schedule).")
+    pipeline_layers: list[PositiveInt] | None = Field(
+        None, description="Layers of each chunk in the model's order; None: as even as can be, the outer ones the fewest."
+    )
+    context_parallel_size: PositiveInt = Field(1, description="Ranks that share the tokens of one row.")
+    expert_parallel_size: PositiveInt = Field(1, description="Ranks that share the experts of a mixture of experts.")
+    precision: Precision = Field("bf16", description="bf16 and fp8 keep float32 master weights in the optimiser.")
+    fp8: Fp8Config = Fp8Config()
     learning_rate: PositiveFloat = Field(1e-6, description="Constant. [paper: 1e-6]")
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -109,6 +137,11 @@ class PolicyConfig(Room):
     adam_eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     clip_ratio: PositiveFloat = Field(0.2, description="PPO clip of the ratio, used only with more than one optimiser step.")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bounds the loss of a negative advantage at this multiple of it; None: off."
+    )
+    entropy_bonus: float = Field(0.0, ge=0, description="Times the mean entropy is added to the objective; 0: off.")
+    role_weights: RoleWeightsConfig = Field(RoleWeightsConfig(), description="Factor of each role's trajectories in the loss.")
     loss_length: PositiveInt | None = Field(
         None, description="L_max, the constant that DrGRPO divides token sums by; None: the larger of the roles' limits."
     )
@@ -118,7 +151,16 @@ class PolicyConfig(Room):
     tokens_per_microbatch: PositiveInt = Field(8192, description="Token budget of one packed row.")
     shared_prefix: bool = Field(True, description="Compute a group's common prompt once.")
     logprob_chunk: PositiveInt = Field(1024, description="Tokens whose vocabulary row exists at a time.")
-    recompute: Literal["none", "full"] = Field("none", description="`full`: keep only layer inputs, recompute the rest.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="`full`: keep only layer inputs and recompute the rest; `selective`: recompute `recompute_modules`."
+    )
+    recompute_modules: list[Literal["core_attn", "mlp", "moe", "layernorm"]] = Field(
+        ["core_attn"], min_length=1, description="What `selective` recomputes."
+    )
+    optimizer_offload: float = Field(0.0, ge=0, le=1, description="Share of the optimiser kept and stepped on the host.")
+    sleep: Literal["auto", "gradients", "all"] = Field(
+        "auto", description="What the policy gives up while engines play; `auto`: `all` on CUDA, `gradients` on CPU."
+    )
 
 
 class CheckpointConfig(Room):

@@ -1,11 +1,17 @@
-"""The DrGRPO loss on one row (paper section 2.4; Dr. GRPO, arXiv 2503.20783).
+"""The DrGRPO loss on one row (paper section 2.4; Dr. GRPO, arXiv 2503.20783), and its switches, all off by default.
 
-    L = - 1/M sum_i 1/L_max sum_t  w_it min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)
+    L = - 1/M sum_i 1/L_max sum_t  u_i ( w_it S_it + beta H_it )        S = min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
 M counts every trajectory of the optimiser step on all ranks and L_max is a constant, so neither packing nor the number of
-micro-batches or ranks changes the loss. No KL term. With one step for each rollout rho is 1 and its gradient that of the
-log-probability: REINFORCE with the group's mean as baseline, nothing to clip. w is 1, or with importance_cap C the
-truncated importance weight min(pi_old / pi_engine, C) against the engine's own probabilities.
+micro-batches or ranks changes the loss. No KL term. With one step for each rollout rho = pi / pi_old is 1 and its gradient
+that of the log-probability: REINFORCE with the group's mean as baseline, nothing to clip.
+
+importance_cap C   w = min(pi_old / pi_engine, C) instead of 1: truncated importance sampling against the engine's own
+                   probabilities. It is no part of rho and carries no gradient.
+dual_clip c > 1    S >= c A where A < 0 (arXiv 1912.09729): without it a token of negative advantage that became much more
+                   probable since the rollout is pushed back without bound. Needs a rho, so only with several steps.
+entropy_bonus beta H is the entropy of the distribution that the token was drawn from, at the sampling temperature.
+role_weights       u, by the role that wrote the trajectory.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.policy.rows import RowTensors
 
 
@@ -23,6 +30,27 @@ class LossSettings:
 
     clip_ratio: float | None
     importance_cap: float | None
+    dual_clip: float | None = None
+    entropy_bonus: float = 0.0
+    challenger_weight: float = 1.0
+    reasoner_weight: float = 1.0
+
+    @classmethod
+    def of(cls, config: PolicyConfig, several_steps: bool) -> LossSettings:
+        """The recipe's settings; `several_steps`: the rollout is used for more than one optimiser step."""
+        return cls(
+            clip_ratio=config.clip_ratio if several_steps else None,
+            importance_cap=config.importance_cap,
+            dual_clip=config.dual_clip if several_steps else None,
+            entropy_bonus=config.entropy_bonus,
+            challenger_weight=config.role_weights.challenger,
+            reasoner_weight=config.role_weights.reasoner,
+        )
+
+    @property
+    def needs_all(self) -> bool:
+        """Entropies have a gradient, and with them trajectories without an advantage: none may be left out."""
+        return self.entropy_bonus > 0.0
 
 
 def row_loss(
@@ -31,24 +59,41 @@ def row_loss(
     """Sum over the row's completion tokens; `row.weights_c` already holds 1 / (M L_max).
 
     Returns:
-        The row's share of L (float32 scalar) and tensors for the metrics, each [c] and detached.
+        The row's share of L (float32 scalar) and tensors for the metrics, each [c] and detached; `clipped`,
+        `dual_clipped` and `capped` are 1.0 where that bound was the one that held.
     """
     now = logprobs_c.detach()
     old = now if row.old_logprobs_c is None else row.old_logprobs_c
     ratio = (logprobs_c - old).exp()
     objective = ratio * row.advantages_c
-    clipped = torch.zeros_like(now, dtype=torch.bool)
+    clipped = dual_clipped = capped = torch.zeros_like(now, dtype=torch.bool)
     if settings.clip_ratio is not None:
         bounded = ratio.clamp(1 - settings.clip_ratio, 1 + settings.clip_ratio) * row.advantages_c
         clipped = (bounded < objective).detach()
         objective = torch.minimum(objective, bounded)
+    if settings.dual_clip is not None:
+        floor = settings.dual_clip * row.advantages_c
+        dual_clipped = ((row.advantages_c < 0) & (objective < floor)).detach()
+        objective = torch.where(dual_clipped, floor, objective)
     if settings.importance_cap is not None:
-        objective = objective * (old - row.rollout_logprobs_c).exp().clamp(max=settings.importance_cap)
-    loss = -(objective * row.weights_c).sum()
+        importance = (old - row.rollout_logprobs_c).exp()
+        capped = importance > settings.importance_cap
+        objective = objective * importance.clamp(max=settings.importance_cap)
+    if settings.entropy_bonus > 0.0:
+        objective = objective + settings.entropy_bonus * entropy_c
+    loss = -(objective * _token_weights(row, settings)).sum()
     return loss, {
         "logprobs": now,
         "entropy": entropy_c.detach(),
         "drift": (old - row.rollout_logprobs_c).abs(),
         "clipped": clipped.float(),
+        "dual_clipped": dual_clipped.float(),
+        "capped": capped.float(),
         "is_challenger": row.is_challenger_c,
     }
+
+
+def _token_weights(row: RowTensors, settings: LossSettings) -> torch.Tensor:
+    if settings.challenger_weight == settings.reasoner_weight == 1.0:
+        return row.weights_c
+    return row.weights_c * torch.where(row.is_challenger_c, settings.challenger_weight, settings.reasoner_weight)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_spice.policy.packing import Row, num_tokens, num_unshared_tokens
+from megatron_spice.policy.parallel import Placement
 
 ROLES = ("challenger", "reasoner")
-SUMS = ("loss", "count", "entropy", "clipped", "drift", "challenger_count", "challenger_drift", "computed", "unshared")
+BOUNDS = ("clipped", "dual_clipped", "capped")
+SUMS = ("loss", "count", "entropy", *BOUNDS, "drift", "challenger_count", "challenger_drift", "computed", "unshared")
 BIN, BINS = 0.002, 2000  # of the histogram that the drift's percentile is read from
 
 
@@ -19,16 +21,15 @@ class StepMetrics:
 
     def __init__(self, results: Sequence[dict[str, torch.Tensor]], grad_norm: float) -> None:
         self.grad_norm = grad_norm
-        # Tensor-parallel ranks hold the same values: one of them reports.
-        reports = parallel_state.get_tensor_model_parallel_rank() == 0
-        self.results = list(results) if reports else []
+        self.results = list(results)
 
 
 class UpdateMetrics:
     """Gathers an iteration's steps."""
 
-    def __init__(self, num_trajectories: int) -> None:
+    def __init__(self, num_trajectories: int, placement: Placement) -> None:
         self.num_trajectories = num_trajectories
+        self.placement = placement
         self.steps: list[StepMetrics] = []
         self.watched: list[StepMetrics] = []
         self.rows: list[Row] = []
@@ -45,13 +46,16 @@ class UpdateMetrics:
     def summary(self) -> dict[str, float]:
         """Metrics over all ranks, the same on each. Keys: `policy/...` and `drift/...` (|policy - engine| log-prob, of
         the tokens trained on, p99 to a bin of 0.002). A few numbers a rank travel, never the tokens."""
+        place = self.placement
         results = [result for step in (*self.steps, *self.watched) for result in step.results]
+        if place.tensor_rank > 0:
+            results = []  # tensor-parallel ranks hold the same values: one of them reports
         sums = {name: torch.zeros((), dtype=torch.float64) for name in SUMS}
         histogram, peak = torch.zeros(BINS, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for result in results:
             _add(result, sums, histogram)
             peak = torch.maximum(peak, result["drift"].max().double().cpu()) if result["drift"].numel() else peak
-        if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage():
+        if place.is_last_stage and place.tensor_rank == place.context_rank == 0:
             sums["computed"] += sum(map(num_tokens, self.rows))
             sums["unshared"] += sum(map(num_unshared_tokens, self.rows))
         flat = torch.cat([torch.stack(list(sums.values())), histogram])
@@ -74,7 +78,7 @@ class UpdateMetrics:
             rank = int(torch.searchsorted(histogram.cumsum(0), 0.99 * count))
             metrics |= {
                 "policy/entropy": totals["entropy"] / count,
-                "policy/clipped": totals["clipped"] / count,
+                **{f"policy/{name}": totals[name] / count for name in BOUNDS},
                 "policy/completion_tokens": count,
                 "drift/mean": totals["drift"] / count,
                 "drift/p99": min((rank + 1) * BIN, peak),
@@ -94,7 +98,8 @@ def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histogr
     sums["loss"] += result["loss"].double().cpu()
     sums["count"] += drift.numel()
     sums["entropy"] += result["entropy"].double().sum().cpu()
-    sums["clipped"] += result["clipped"].double().sum().cpu()
+    for name in BOUNDS:
+        sums[name] += result[name].double().sum().cpu()
     sums["drift"] += drift.sum()
     sums["challenger_count"] += challenger.sum()
     sums["challenger_drift"] += drift[challenger].sum()

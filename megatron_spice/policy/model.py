@@ -1,49 +1,67 @@
 """The policy network: Megatron-Core's GPT model, whose forward takes a packed row and answers with log-probabilities.
 
 The subclass adds no parameters and no layers. It differs from `GPTModel.forward` in three places: rotary embeddings are
-picked by each token's own position (rows hold many sequences), attention is `RowAttention` (through the layer spec), and
-the output matrix meets only the positions that predict a completion token, a chunk at a time.
+picked by each token's own position (rows hold many sequences), attention is told who attends to whom by the row's codes,
+and the output matrix meets only the positions that predict a completion token, a chunk at a time.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import PolicyConfig
-from megatron_spice.policy.attention import RowAttention
+from megatron_spice.policy import precision
 from megatron_spice.policy.logprobs import token_logprobs
-from megatron_spice.policy.parallel import ParallelLayout, Placement
+from megatron_spice.policy.model_config import Backend, transformer_config
+from megatron_spice.policy.model_spec import block_spec
+from megatron_spice.policy.parallel import Placement
 from megatron_spice.policy.rows import RowTensors
 from megatron_spice.weights.vocabulary import padded_vocabulary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class PolicyModel(GPTModel):
-    """One pipeline stage of the policy."""
+    """One chunk of the policy's layers."""
 
-    def __init__(self, *args: object, temperature: float, chunk: int, real_vocab_size: int, **kwargs: object) -> None:
+    def __init__(
+        self, *args: Any, temperature: float, chunk: int, real_vocab_size: int, sequences: bool, entropy_grad: bool, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            sequences: attention takes the lengths of the row's sequences and not its codes.
+            entropy_grad: entropies are differentiable.
+        """
         super().__init__(*args, **kwargs)
         self.temperature = temperature
         self.chunk = chunk
         self.real_vocab_size = real_vocab_size
+        self.sequences = sequences
+        self.entropy_grad = entropy_grad
 
     def forward(self, row: RowTensors) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [s, 1, h] on inner stages; on the last one log-probs and entropies, each float32 [c]."""
-        rotary = self.rotary_pos_emb(int(row.positions_s.max()) + 1)[row.positions_s]
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=row.ids_s[None], position_ids=row.positions_s[None])
-        hidden_s1h = self.decoder(hidden_states=embedded, attention_mask=row.mask_ss, rotary_pos_emb=rotary)
+        hidden_s1h = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None if self.sequences else row.codes_k3,
+            rotary_pos_emb=self._rotary(row),
+            packed_seq_params=_packed(row) if self.sequences else None,
+        )
         if not self.post_process:
             return hidden_s1h
+        if self.config.sequence_parallel:
+            # The log-probabilities' gradient is already summed over the group, so backward only takes its own part.
+            hidden_s1h = gather_from_sequence_parallel_region(hidden_s1h, tensor_parallel_output_grad=False)
         weight = self.output_weight()
         return token_logprobs(
             hidden_s1h[:, 0].index_select(0, row.source_c),
@@ -54,7 +72,18 @@ class PolicyModel(GPTModel):
             vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
             vocab_size=self.real_vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
+            with_entropy_grad=self.entropy_grad,
         )
+
+    def _rotary(self, row: RowTensors) -> torch.Tensor:
+        """Angles [s, 1, 1, d] of the tokens' positions; for plain sequences those of the longest, [longest, 1, 1, d].
+
+        `packed_seq` keeps Megatron from cutting the angles up for context parallelism as if the row were one sequence. The
+        length is rounded up because Megatron keeps the angles of each length it was asked for.
+        """
+        longest = max(row.lengths) if self.sequences else int(row.positions_s.max()) + 1
+        angles = self.rotary_pos_emb(-(-longest // 1024) * 1024, packed_seq=True)
+        return angles if self.sequences else angles[row.positions_s]
 
     def output_weight(self) -> torch.Tensor:
         """This rank's rows of the output matrix, [v / tensor parallel, h]."""
@@ -63,77 +92,67 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
-def transformer_config(
-    architecture: ModelArchitecture, config: PolicyConfig, layout: ParallelLayout
-) -> TransformerConfig:
-    """Megatron's description of the model, from the Hugging Face one; nothing is taken from hand-written flags."""
-    dtype = DTYPES[config.precision]
-    recompute = {}
-    if config.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        variable_seq_lengths=layout.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit; unused by dense models
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=config.precision == "bf16",
-        use_cpu_initialization=True,
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        finalize_model_grads_func=finalize_model_grads,
-        **recompute,
+def _packed(row: RowTensors) -> PackedSeqParams:
+    """The row as Transformer Engine's THD attention wants it: where each sequence begins."""
+    assert row.lengths is not None, "a row with shared prompts has no plain sequences"
+    starts = torch.tensor([0, *row.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(row.ids_s.device)
+    longest = max(row.lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 
-def layer_spec(architecture: ModelArchitecture) -> ModuleSpec:
-    """Megatron's local layer with our core attention in its slot."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = RowAttention
-    return spec
-
-
-def build_model(
+def build_chunks(
     architecture: ModelArchitecture,
     config: PolicyConfig,
     layout: ParallelLayout,
     placement: Placement,
     temperature: float,
+    backend: Backend = Backend(),
+) -> list[PolicyModel]:
+    """This rank's chunks of layers in the model's order, with weights not yet loaded; all share one Megatron config."""
+    settings = transformer_config(architecture, config, layout, backend)
+    chunks = [
+        _build_chunk(architecture, config, settings, layout, placement, temperature, backend, index)
+        for index in range(layout.virtual)
+    ]
+    precision.prepare_layers(chunks, config)
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if ".experts." in name:
+            # Reduced over the ranks with the same experts. Megatron marks them only with several expert-parallel ranks, but
+            # tensor-parallel ranks see different tokens even without; and the optimiser's parts are then always the same.
+            parameter.allreduce = False
+    return chunks
+
+
+def _build_chunk(
+    architecture: ModelArchitecture,
+    config: PolicyConfig,
+    settings: TransformerConfig,
+    layout: ParallelLayout,
+    placement: Placement,
+    temperature: float,
+    backend: Backend,
+    index: int,
 ) -> PolicyModel:
-    """This rank's stage, with weights not yet loaded."""
+    sequences = backend.takes_sequences(config, layout)
     model = PolicyModel(
-        transformer_config(architecture, config, layout),
-        layer_spec(architecture),
+        settings,
+        block_spec(architecture, config, settings, backend, sequences, index if layout.virtual > 1 else None),
         vocab_size=padded_vocabulary(architecture.vocab_size, layout.tensor),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=placement.is_first_stage,
-        post_process=placement.is_last_stage,
+        pre_process=placement.is_first_stage and index == 0,
+        post_process=placement.is_last_stage and index == layout.virtual - 1,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
         rope_scaling=architecture.rope_scaling is not None,  # Llama 3's, which is what config/hf.py lets through
         rope_scaling_factor=(architecture.rope_scaling or {}).get("factor", 8.0),
         share_embeddings_and_output_weights=architecture.tied_embeddings,
+        vp_stage=index if layout.virtual > 1 else None,
         temperature=temperature,
         chunk=config.logprob_chunk,
         real_vocab_size=architecture.vocab_size,
+        sequences=sequences,
+        entropy_grad=config.entropy_bonus > 0,
     )
-    return model.to(DTYPES[config.precision])
+    return model.to(precision.DTYPES[config.precision])

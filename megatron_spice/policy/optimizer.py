@@ -1,32 +1,51 @@
-"""Megatron's data-parallel wrapper and distributed optimiser around one stage."""
+"""Megatron's data-parallel wrapper and distributed optimiser around one rank's chunks of the model.
+
+Experts that are shared out over ranks are reduced over other ranks than the rest, so Megatron gives them an optimiser of
+their own: what it returns is a chain of one or two. `parts_of` is that chain.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
+from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.schema import PolicyConfig
-from megatron_spice.policy.model import DTYPES, PolicyModel
+from megatron_spice.policy import fused
+from megatron_spice.policy.precision import DTYPES, optimizer_settings
 
-# Optimiser state is saved in a form that loads into any layout.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+if TYPE_CHECKING:
+    from megatron_spice.policy.model import PolicyModel
+
+# Optimiser state is saved in a form that loads into any layout, under the parameters' own names.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def wrap(model: PolicyModel) -> DistributedDataParallel:
-    """Gradients in float32, reduced to the rank that owns their part of the optimiser."""
+def wrap(chunks: Sequence[PolicyModel], config: PolicyConfig) -> list[DistributedDataParallel]:
+    """One wrapper a chunk: gradients in float32, reduced to the rank that owns their part of the optimiser."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=False,
     )
-    return DistributedDataParallel(model.config, settings, model)
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    fused.fuse_engine_layers(chunks)
+    return wrapped
 
 
-def build_optimizer(wrapped: DistributedDataParallel, config: PolicyConfig) -> MegatronOptimizer:
-    """Adam at a constant learning rate; weight decay spares norms and biases, as Megatron's groups mark them."""
+def build_optimizer(wrapped: Sequence[DistributedDataParallel], config: PolicyConfig) -> MegatronOptimizer:
+    """Adam at a constant learning rate; weight decay spares norms and biases, as Megatron's groups mark them.
+
+    Raises:
+        ConfigError: the optimiser is to be offloaded from a device that it is not on.
+    """
+    fused.choose_adam()
+    if config.optimizer_offload:
+        _check_offload(wrapped, config)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -35,14 +54,46 @@ def build_optimizer(wrapped: DistributedDataParallel, config: PolicyConfig) -> M
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
         clip_grad=config.clip_grad,
-        bf16=config.precision == "bf16",
+        bf16=DTYPES[config.precision] is torch.bfloat16,
         params_dtype=DTYPES[config.precision],
         use_distributed_optimizer=True,
+        **optimizer_settings(config),
     )
-    optimizer = get_megatron_optimizer(settings, [wrapped])
+    if config.optimizer_offload:
+        _offload(settings, config)
+    optimizer = get_megatron_optimizer(settings, list(wrapped))
     _set_hyperparameters(optimizer, config)
     _start_state(optimizer)
     return optimizer
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimisers of a chain, or the one itself; those without a parameter on this rank left out."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _offload(settings: OptimizerConfig, config: PolicyConfig) -> None:
+    """Chooses Megatron's hybrid optimiser, which keeps a share of the float32 weights and moments in pinned host memory and
+    steps them there with torch's Adam.
+
+    It reads gradients where the precision-aware optimiser puts them; all types stay float32. Set here and not given to
+    the constructor, which asks for Transformer Engine's version first and for its need of it later.
+    """
+    settings.optimizer_cpu_offload = True
+    settings.optimizer_offload_fraction = config.optimizer_offload
+    settings.overlap_cpu_optimizer_d2h_h2d = True
+    settings.use_precision_aware_optimizer = settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    settings.store_param_remainders = False
+
+
+def _check_offload(wrapped: Sequence[DistributedDataParallel], config: PolicyConfig) -> None:
+    key = f"policy.optimizer_offload={config.optimizer_offload}"
+    if not next(wrapped[0].parameters()).is_cuda:
+        raise ConfigError(f"{key} moves the optimiser from the GPU to the host; without a GPU it is there already: give 0")
+    if DTYPES[config.precision] is torch.float32:
+        # Megatron's hybrid optimiser copies only 16-bit weights to its float32 ones when they are loaded.
+        raise ConfigError(f"{key} needs float32 master weights beside 16-bit ones; give policy.precision=bf16 or fp8, or 0")
 
 
 def _set_hyperparameters(optimizer: MegatronOptimizer, config: PolicyConfig) -> None:
@@ -56,40 +107,62 @@ def _set_hyperparameters(optimizer: MegatronOptimizer, config: PolicyConfig) -> 
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], config: PolicyConfig) -> None:
-    """Takes over an optimiser state that was loaded through `sharded_state_dict`; learning rate and the like stay the
-    recipe's.
+    """Takes over an optimiser state that was loaded through `sharded_state_dict`: moments, float32 weights and the count
+    of steps. Learning rate and the like stay the recipe's, and so does what this layout chains and groups.
 
     With torch's Adam (no Transformer Engine, no Apex) Megatron-Core 0.16 cannot do it alone: it looks for a saved `step`
     of each parameter where it has left `step` out, and it gives all parameters one `step` tensor, which torch then
     advances once for each of them. So the moments are loaded while `step` is put aside, and every parameter gets its own.
     """
-    parts = _parts(optimizer)
-    if not all(_is_torch_adam(part) for part in parts):
-        optimizer.load_state_dict(state)
-        _set_hyperparameters(optimizer, config)
-        return
-    for part, saved in zip(parts, [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]):
-        part.load_state_dict({key: value for key, value in saved.items() if key != "param_state"})
-        inner = part.optimizer.state
-        steps = {parameter: inner[parameter].pop("step") for parameter in inner}
-        part.load_parameter_state_from_fully_reshardable(saved["param_state"])
-        for parameter, step in steps.items():
-            inner[parameter]["step"] = step.clone()
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    steps = _saved_steps(state)
+    for index, part in enumerate(chain):
+        if part.is_stub_optimizer:
+            continue
+        groups = part.state_dict()["optimizer"]["param_groups"]
+        part.load_state_dict({"optimizer": {"param_groups": [{**group, **steps} for group in groups]}})
+        put_aside = [
+            (entry, entry.pop("step")) for inner in _torch_adams(part) if inner is part.optimizer
+            for entry in inner.state.values()
+        ]  # fmt: skip
+        part.load_parameter_state_from_fully_reshardable((state if len(chain) == 1 else state[index])["param_state"])
+        for entry, step in put_aside:
+            entry["step"] = step
+        for inner in _torch_adams(part):
+            for entry in inner.state.values():
+                entry["step"] = entry["step"].clone()
     _set_hyperparameters(optimizer, config)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _saved_steps(state: dict[str, Any]) -> dict[str, Any]:
+    """{"step": n} of a saved state, which may come from another chain than this layout's; {} if it never stepped."""
+    saved = [entry["optimizer"] for entry in (state, *state.values()) if isinstance(entry, dict) and "optimizer" in entry]
+    steps = {group["step"] for part in saved for group in part["param_groups"] if group.get("step") is not None}
+    assert len(steps) <= 1, f"a saved optimiser state counts its steps as {steps}"
+    return {"step": step for step in steps}
 
 
-def _is_torch_adam(part: Any) -> bool:
-    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+def _torch_adams(part: Any) -> Iterator[torch.optim.Optimizer]:
+    """Torch's own Adams among the optimisers that do a part's work."""
+    for inner in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
+        if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            yield inner
 
 
 def _start_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its zero moments before the first step: Megatron cannot load into, or save, a state not there yet."""
-    for part in _parts(optimizer):
-        if _is_torch_adam(part):
-            for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    """Gives torch's Adam its zero moments before the first step: Megatron cannot load into, or save, a state not there yet.
+
+    The hybrid optimiser names its classes in its groups, which would be saved, and a file with classes is not loaded.
+    """
+    for part in parts_of(optimizer):
+        for inner in _torch_adams(part):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    step = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    inner.state[parameter] = {"step": step, **moments}
+        if hasattr(part.optimizer, "sub_optimizers"):
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
+            for group in part.optimizer.param_groups:
+                for key in [key for key, value in group.items() if isinstance(value, type)]:
+                    del group[key]

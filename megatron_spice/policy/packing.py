@@ -10,7 +10,8 @@ its own prompt; nothing else changes.
 
 Rows hold at most a budget of tokens; a block longer than the budget is split between completions, and a single
 trajectory longer than the budget gets a row to itself. Rows are dealt to the data-parallel ranks by descending cost,
-each to the least loaded, and short ranks get empty rows: every rank must run the same number of micro-batches.
+each to the least loaded, and short ranks get empty rows: every rank must run the same number of micro-batches, and an
+interleaved pipeline a multiple of its stages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.game.records import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Forward floating-point operations: of a token in the layers, of a pair of tokens that attend, of a prediction."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    prediction: float = 0.0
+
+    @classmethod
+    def of(cls, architecture: ModelArchitecture) -> Cost:
+        """Two operations a weight and token, four a head dimension and pair; norms and activations do not count."""
+        a = architecture
+        heads = a.num_attention_heads * a.head_dim
+        projections = a.hidden_size * (2 * heads + 2 * a.num_query_groups * a.head_dim)
+        experts = a.experts_per_token * a.expert_ffn_hidden_size if a.num_experts else a.ffn_hidden_size
+        return cls(
+            token=2.0 * a.num_layers * (projections + 3 * a.hidden_size * experts),
+            pair=4.0 * a.num_layers * heads,
+            prediction=2.0 * a.hidden_size * a.vocab_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +63,17 @@ Row = tuple[Block, ...]
 def num_tokens(row: Row) -> int:
     """Tokens that computing the row takes."""
     return sum(block.num_tokens for block in row)
+
+
+def row_cost(row: Row, cost: Cost) -> float:
+    """What computing the row costs; every completion token is predicted and attends to its prompt and to what precedes it."""
+    total = cost.token * num_tokens(row)
+    for block in row:
+        prompt = len(block.prompt_ids)
+        lengths = [len(trajectory.completion_ids) for trajectory in block.trajectories]
+        pairs = prompt * (prompt + 1) / 2 + sum(length * (prompt + (length + 1) / 2) for length in lengths)
+        total += cost.pair * pairs + cost.prediction * sum(lengths)
+    return total
 
 
 def num_unshared_tokens(row: Row) -> int:
@@ -84,25 +119,31 @@ def pack_rows(blocks: Sequence[Block], budget: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def deal_rows(rows: Sequence[Row], data_parallel_size: int) -> list[list[Row]]:
-    """One list of rows for each data-parallel rank, equally long; `()` stands for an empty row."""
+def deal_rows(rows: Sequence[Row], data_parallel_size: int, cost: Cost = Cost(), multiple: int = 1) -> list[list[Row]]:
+    """One list of rows for each data-parallel rank, equally long, a multiple of `multiple`; `()` is an empty row."""
     dealt: list[list[Row]] = [[] for _ in range(data_parallel_size)]
-    loads = [0] * data_parallel_size
-    for row in sorted(rows, key=num_tokens, reverse=True):
+    loads = [0.0] * data_parallel_size
+    for row in sorted(rows, key=lambda row: row_cost(row, cost), reverse=True):
         rank = min(range(data_parallel_size), key=lambda rank: (loads[rank], rank))
         dealt[rank].append(row)
-        loads[rank] += num_tokens(row)
+        loads[rank] += row_cost(row, cost)
     longest = max((len(share) for share in dealt), default=0)
     for share in dealt:
-        share.extend([()] * (longest - len(share)))
+        share.extend([()] * (-(-longest // multiple) * multiple - len(share)))
     return dealt
 
 
 def plan_rows(
-    trajectories: Sequence[Trajectory], budget: int, data_parallel_size: int, shared_prefix: bool = True
+    trajectories: Sequence[Trajectory],
+    budget: int,
+    data_parallel_size: int,
+    shared_prefix: bool = True,
+    cost: Cost = Cost(),
+    multiple: int = 1,
 ) -> list[list[Row]]:
     """Rows for each data-parallel rank: `plan[rank][micro_batch]`."""
-    return deal_rows(pack_rows(make_blocks(trajectories, budget, shared_prefix), budget), data_parallel_size)
+    rows = pack_rows(make_blocks(trajectories, budget, shared_prefix), budget)
+    return deal_rows(rows, data_parallel_size, cost, multiple)
 
 
 def split_steps(trajectories: Sequence[Trajectory], steps: int) -> list[list[Trajectory]]:

@@ -1,74 +1,83 @@
-"""How the ranks are divided: one object that owns the parallel degrees, checks them, and sets up Megatron's groups."""
+"""Megatron's process groups for a layout, and where this rank stands in them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from megatron_spice.config.schema import PolicyConfig
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelLayout:
-    """Degrees of parallelism; `data` is what is left of the world after tensor and pipeline."""
-
-    tensor: int
-    pipeline: int
-    data: int
-
-    @classmethod
-    def of(cls, config: PolicyConfig, world_size: int) -> ParallelLayout:
-        """The layout of a recipe on `world_size` ranks (`config/checks.py` has judged it against the model).
-
-        Raises:
-            ValueError: the ranks are not divisible by the model's degrees.
-        """
-        tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
-        if world_size % (tensor * pipeline):
-            raise ValueError(
-                f"{world_size} ranks are not divisible by policy.tensor_parallel_size={tensor} x "
-                f"policy.pipeline_parallel_size={pipeline}; change cluster.ranks_per_node or one of these"
-            )
-        return cls(tensor, pipeline, world_size // (tensor * pipeline))
-
-    def describe(self) -> str:
-        """For people: `TP=2 PP=4 DP=8`."""
-        return f"TP={self.tensor} PP={self.pipeline} DP={self.data}"
+from megatron_spice.config.layout import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where this rank stands in the layout."""
+    """Where this rank stands in the layout. The last stage holds the model's last chunk of layers."""
 
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
+    expert_rank: int
     data_rank: int
     is_first_stage: bool
     is_last_stage: bool
 
 
 def initialize(layout: ParallelLayout, seed: int, timeout: float) -> Placement:
-    """Creates Megatron's process groups and seeds its random states. Call once, after the world group exists."""
+    """Creates Megatron's process groups and seeds its random states, after the world group exists. Groups of the same
+    degrees that are there already are used again.
+
+    Experts are spread over the ranks of a stage, never cut: their tensor-parallel size is 1.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        distributed_timeout_minutes=max(1, math.ceil(timeout / 60)),
-    )
+    if parallel_state.model_parallel_is_initialized():
+        assert _degrees() == (layout.tensor, layout.pipeline, layout.context, layout.expert), "groups of another layout"
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(layout.virtual if layout.virtual > 1 else None)
+    else:
+        _create_groups(layout, timeout)
     model_parallel_cuda_manual_seed(seed)
     return Placement(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        is_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    )
+
+
+def _create_groups(layout: ParallelLayout, timeout: float) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, math.ceil(timeout / 60)),
+    )
+
+
+def _degrees() -> tuple[int, int, int, int]:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 
 def shutdown() -> None:
-    """Destroys Megatron's groups."""
+    """Destroys Megatron's groups. Megatron itself only forgets them."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -20,73 +20,98 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
 from megatron_spice.game.records import Trajectory
-from megatron_spice.policy import parallel
+from megatron_spice.policy import fused, parallel, precision
 from megatron_spice.policy.loss import LossSettings, row_loss
+from megatron_spice.policy.memory import Sleeper
 from megatron_spice.policy.metrics import StepMetrics, UpdateMetrics
-from megatron_spice.policy.model import build_model
+from megatron_spice.policy.model import build_chunks
+from megatron_spice.policy.model_config import Backend
 from megatron_spice.policy.optimizer import SHARDING, build_optimizer, load_optimizer_state, wrap
-from megatron_spice.policy.packing import Row, plan_rows, split_steps
-from megatron_spice.policy.rows import RowTensors, row_tensors
+from megatron_spice.policy.packing import Cost, Row, num_tokens, plan_rows, split_steps
+from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
 from megatron_spice.weights.gather import Gatherer
 from megatron_spice.weights.load import load_hf
-from megatron_spice.weights.stage import Stage
+from megatron_spice.weights.stage import Stage, stage_parameters
 
 
 class Policy:
     """One rank's part of the policy: token ids in, log-probabilities and updated weights out."""
 
-    def __init__(self, config: Config, architecture: ModelArchitecture, topology: Topology) -> None:
+    def __init__(
+        self, config: Config, architecture: ModelArchitecture, topology: Topology, backend: Backend | None = None
+    ) -> None:
         """Builds the model and optimiser with weights not yet loaded.
 
+        Args:
+            backend: what the layers are made of; None: what this device has.
+
         Raises:
-            ValueError: the layout does not fit the ranks.
+            ConfigError: the layout does not fit the ranks or the model, or this machine lacks what the precision needs.
         """
         self.config = config.policy
         self.architecture = architecture
         self.device = torch.device("cpu") if topology.device == "cpu" else torch.device("cuda", topology.local_rank)
-        self.layout = parallel.ParallelLayout.of(config.policy, topology.world_size)
+        self.layout = ParallelLayout.of(config.policy, architecture, topology.world_size)
+        self.backend = backend or Backend.of(self.device)
+        precision.check_available(config.policy, self.device)
         self.placement = parallel.initialize(self.layout, config.train.seed, config.cluster.timeout)
         self.optimizer_steps = config.train.optimizer_steps
         self.loss_length = config.policy.loss_length or max(
             config.game.challenger_max_tokens, config.game.reasoner_max_tokens
         )
-        self.model = build_model(
-            architecture, config.policy, self.layout, self.placement, config.rollout.temperature
-        ).to(self.device)
-        self.wrapped = wrap(self.model)
+        self.cost = Cost.of(architecture)
+        self.row_multiple = math.lcm(self.layout.row_multiple, precision.token_multiple(config.policy, self.backend.uses_te))
+        self.chunks = [
+            chunk.to(self.device)
+            for chunk in build_chunks(
+                architecture, config.policy, self.layout, self.placement, config.rollout.temperature, self.backend
+            )
+        ]
+        self.wrapped = wrap(self.chunks, config.policy)
         self.optimizer = build_optimizer(self.wrapped, config.policy)
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        emulated = not self.backend.uses_te
+        precision.assert_recipe_reached(self.chunks[0].config, self.optimizer.config, config.policy, emulated)
         self.schedule = get_forward_backward_func()
-        self.stage = Stage(self.placement.pipeline_rank, self.layout.pipeline, architecture.num_layers)
+        self.stage = Stage(
+            self.placement.pipeline_rank, self.layout, self.placement.expert_rank, architecture.num_experts
+        )
         self.gatherer = Gatherer(
             architecture,
             self.stage,
             config.rollout.bucket_mb * 2**20 // self.parameters_dtype.itemsize,
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_expert_model_parallel_group(),
         )
-        self.awake = True
+        self.sleeper = Sleeper(self.wrapped, self.optimizer, self.device, config.policy.sleep)
 
     # -- weights ------------------------------------------------------------------------------------------------
 
     @property
     def parameters_dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return precision.DTYPES[self.config.precision]
+
+    @property
+    def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
+        """This rank's parameters by chunk and name."""
+        return stage_parameters(self.chunks)
 
     def load_hf(self, folder: Path) -> None:
         """Weights from a Hugging Face folder. Raises ValueError when its tensors do not fit the architecture."""
         place = self.placement
         load_hf(
-            dict(self.model.named_parameters()), folder, self.architecture, self.stage, place.tensor_rank,
-            self.layout.tensor,
+            self.parameters, folder, self.architecture, self.stage, place.tensor_rank, self.layout.tensor,
         )  # fmt: skip
         self.optimizer.reload_model_params()
 
     def hf_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
         """The current weights as whole Hugging Face tensors, bucket by bucket (see `weights/gather.py`)."""
-        return self.gatherer.buckets(dict(self.model.named_parameters()))
+        assert self.sleeper.weights_awake, "hf_buckets() while the weights are asleep"
+        return self.gatherer.buckets(self.parameters)
 
     @property
     def hf_names(self) -> set[str]:
@@ -95,7 +120,7 @@ class Policy:
 
     def model_state(self) -> dict[str, Any]:
         """Megatron's sharded description of the weights, for saving and for loading."""
-        return self.model.sharded_state_dict()
+        return {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self.chunks)}
 
     def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """Megatron's sharded description of the optimiser."""
@@ -103,7 +128,8 @@ class Policy:
 
     def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None:
         """Takes over what a checkpoint gave back for the two descriptions above."""
-        self.model.load_state_dict(model_state)
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(model_state[f"chunk{index}"])
         if optimizer_state is None:
             self.optimizer.reload_model_params()
         else:
@@ -111,17 +137,29 @@ class Policy:
 
     # -- sharing the accelerator ----------------------------------------------------------------------------------
 
-    def sleep(self) -> None:
-        """The engines are about to use the accelerator; cached memory goes back to it."""
-        assert self.awake, "the policy is already asleep"
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.awake = False
+    def sleep(self, keep_weights: bool = True) -> dict[str, float]:
+        """Gives memory up to the engines; the weights can stay until they have been sent. Returns metrics."""
+        return self.sleeper.sleep(keep_weights)
 
-    def wake(self) -> None:
-        """The engines are asleep; the policy may compute."""
-        assert not self.awake, "the policy is already awake"
-        self.awake = True
+    def sleep_weights(self) -> dict[str, float]:
+        """Gives up what `sleep` kept."""
+        return self.sleeper.sleep_weights()
+
+    def wake(self) -> dict[str, float]:
+        """Takes everything back, bit for bit: the engines are asleep, the policy may compute."""
+        return self.sleeper.wake()
+
+    # -- what a reader of the log wants to know -------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """Layout, precision, fused parts and how memory is given up, on one line."""
+        return "; ".join(
+            (self.layout.describe(), self.config.precision, fused.describe(), f"sleep: {self.sleeper.describe()}")
+        )
+
+    def audit_lines(self) -> list[str]:
+        """What of this rank's layers ran in FP8, and what did not and why."""
+        return precision.audit_lines(precision.audit(self.chunks, self.config))
 
     # -- computing ------------------------------------------------------------------------------------------------
 
@@ -131,56 +169,93 @@ class Policy:
         A step in which no trajectory has an advantage is skipped: there is nothing to learn from, and an optimiser with
         momentum would move all the same.
         """
-        assert self.awake, "update() on a sleeping policy"
+        assert self.sleeper.awake, "update() on a sleeping policy"
         parts = split_steps(trajectories, self.optimizer_steps)
+        several = sum(any(map(self._counts, part)) for part in parts) > 1
+        settings = LossSettings.of(self.config, several)
         plans = [self._plan(part) for part in parts]
-        several = len([plan for plan in plans if plan]) > 1
-        metrics = UpdateMetrics(len(trajectories))
-        shares = [[row_tensors(row, self.device) for row in plan] for plan in plans]
+        mine = [plan[self.placement.data_rank] for plan in plans]
+        shares = [self._tensors(plan) for plan in plans]
+        metrics = UpdateMetrics(len(trajectories), self.placement)
         if several:
             for rows in shares:
                 for row, result in zip(rows, self._run(rows, forward_only=True)):
                     row.old_logprobs_c = result["logprobs"]
-        settings = LossSettings(self.config.clip_ratio if several else None, self.config.importance_cap)
-        for plan, rows in zip(plans, shares):
-            if rows:
-                metrics.add(self._step(rows, settings), plan)
-        if not any(plans) and trajectories:
+        for rows, tensors in zip(mine, shares):
+            if tensors:
+                metrics.add(self._step(tensors, settings), rows)
+        if not any(shares) and trajectories:
             # Nothing to learn from, but the drift between engine and policy is watched in every iteration.
             metrics.watch(self._watch(trajectories, settings))
         return metrics.summary()
 
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of `token_ids[1:]`, each given the ids before it, at temperature 1."""
+        assert self.sleeper.weights_awake, "score() while the weights are asleep"
+        rest = tuple(token_ids[1:])
+        probe = Trajectory("reasoner", tuple(token_ids[:1]), rest, (0.0,) * len(rest), advantage=0.0, reward=0.0)
+        plan = plan_rows([probe], len(token_ids), 1, multiple=self._rows_multiple)
+        [row, *others] = self._tensors(plan * self.layout.data)
+        sampling_temperature = self.chunks[-1].temperature
+        self.chunks[-1].temperature = 1.0
+        results = self._run([row, *others], forward_only=True)
+        self.chunks[-1].temperature = sampling_temperature
+        mine = dict(zip(row.place_c.tolist(), results[0]["logprobs"].tolist())) if results else {}
+        everyone: list[dict[int, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        scores = {place: score for part in everyone for place, score in part.items()}
+        return [scores[place] for place in range(len(rest))]
+
     def _watch(self, trajectories: Sequence[Trajectory], settings: LossSettings) -> StepMetrics:
         """One row's worth of trajectories through the model, without learning from them."""
         seen = [trajectory for trajectory in trajectories if trajectory.completion_ids]
-        [rows, *_] = plan_rows(seen, self.config.tokens_per_microbatch, 1)
-        results = self._run([row_tensors(row, self.device) for row in rows[:1]], forward_only=True, settings=settings)
+        budget = self.config.tokens_per_microbatch
+        [rows] = plan_rows(seen, budget, 1, self.config.shared_prefix, multiple=self._rows_multiple)
+        plan = [rows[: self._rows_multiple]] * self.layout.data
+        results = self._run(self._tensors(plan), forward_only=True, settings=settings)
         return StepMetrics(results if self.placement.data_rank == 0 else [], 0.0)
 
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of `token_ids[1:]`, each given the ids before it, at temperature 1."""
-        rest = tuple(token_ids[1:])
-        probe = Trajectory("reasoner", tuple(token_ids[:1]), rest, (0.0,) * len(rest), advantage=0.0, reward=0.0)
-        [row] = plan_rows([probe], len(token_ids), 1)[0]
-        sampling_temperature, self.model.temperature = self.model.temperature, 1.0
-        results = self._run([row_tensors(row, self.device)], forward_only=True)
-        self.model.temperature = sampling_temperature
-        mine = results[0]["logprobs"].tolist() if results else None
-        everyone: list[list[float] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        return next(scores for scores in everyone if scores is not None)
+    @property
+    def _rows_multiple(self) -> int:
+        """An interleaved pipeline runs its micro-batches in groups, one for each stage."""
+        return self.layout.pipeline if self.layout.virtual > 1 else 1
 
-    def _plan(self, trajectories: Sequence[Trajectory]) -> list[Row]:
-        """This rank's rows of one step, each trajectory with its factor 1 / (M L_max) in the loss."""
+    def _counts(self, trajectory: Trajectory) -> bool:
+        """Whether the trajectory can have a gradient."""
+        return bool(trajectory.completion_ids) and (trajectory.advantage != 0 or self.config.entropy_bonus > 0)
+
+    def _plan(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
+        """The rows of one step for every data-parallel rank, each trajectory with its factor 1 / (M L_max) in the loss."""
         scale = 1.0 / (max(1, len(trajectories)) * self.loss_length)
-        active = [replace(t, weight=t.weight * scale) for t in trajectories if t.advantage and t.completion_ids]
-        plan = plan_rows(
-            active, self.config.tokens_per_microbatch, self.layout.data, shared_prefix=self.config.shared_prefix
+        active = [replace(t, weight=t.weight * scale) for t in trajectories if self._counts(t)]
+        return plan_rows(
+            active,
+            self.config.tokens_per_microbatch,
+            self.layout.data,
+            self.config.shared_prefix,
+            self.cost,
+            self._rows_multiple,
         )
-        return plan[self.placement.data_rank]
+
+    def _tensors(self, plan: Sequence[Sequence[Row]]) -> list[RowTensors]:
+        """This rank's part of its rows of a plan, on the device."""
+        place = self.placement
+        lengths = [padded_length(num_tokens(row), self.row_multiple) for rows in plan for row in rows]
+        equal = max(lengths, default=0) if self.layout.equal_rows else None
+        return [
+            row_tensors(
+                row,
+                self.device,
+                equal or padded_length(num_tokens(row), self.row_multiple),
+                place.context_rank,
+                self.layout.context,
+            )
+            for row in plan[place.data_rank]
+        ]
 
     def _step(self, rows: Sequence[RowTensors], settings: LossSettings) -> StepMetrics:
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(rows, forward_only=False, settings=settings)
         _, grad_norm, _ = self.optimizer.step()
@@ -198,30 +273,31 @@ class Policy:
         """Runs Megatron's pipeline schedule over the rows; results row by row on the last stage, none elsewhere."""
         if not rows:
             return []
-        # The schedule divides by the number of micro-batches and the wrapper by that of data-parallel ranks; our loss
-        # is already a share of the global one.
-        undo = len(rows) * self.layout.data
 
         def forward_step(data: Iterator[RowTensors], model: Any) -> tuple[Any, Any]:
             row = next(data)
 
-            def finish(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            def finish(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
                 logprobs_c, entropy_c = output
                 if settings is None:
-                    return logprobs_c.sum() * 0.0, {"logprobs": logprobs_c.detach()}
-                loss, tensors = row_loss(logprobs_c, entropy_c, row, settings)
-                return loss * undo, {"loss": loss.detach(), **tensors}
+                    loss, tensors = logprobs_c.sum() * 0.0, {"logprobs": logprobs_c.detach()}
+                else:
+                    loss, tensors = row_loss(logprobs_c, entropy_c, row, settings)
+                    tensors = {"loss": loss.detach(), **tensors}
+                # No tokens to divide the gradient by: the loss is already a share of the global one.
+                return loss, torch.zeros((), dtype=torch.int, device=loss.device), tensors
 
             return model(row), finish
 
-        self.wrapped.train(not forward_only)
+        for wrapped in self.wrapped:
+            wrapped.train(not forward_only)
         with torch.set_grad_enabled(not forward_only):
             return self.schedule(
                 forward_step_func=forward_step,
-                data_iterator=iter(rows),
-                model=[self.wrapped],
+                data_iterator=[iter(rows) for _ in self.wrapped],
+                model=self.wrapped,
                 num_microbatches=len(rows),
-                seq_length=max(row.ids_s.numel() for row in rows),
+                seq_length=max(row.codes_k3.shape[0] for row in rows),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

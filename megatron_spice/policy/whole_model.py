@@ -14,12 +14,13 @@ from megatron.core import dist_checkpointing
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
 from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.policy import parallel
-from megatron_spice.policy.model import build_model
+from megatron_spice.policy.model import build_chunks
 from megatron_spice.weights.gather import Gatherer
 from megatron_spice.weights.load import load_hf
-from megatron_spice.weights.stage import Stage
+from megatron_spice.weights.stage import Key, Stage, stage_parameters
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -44,10 +45,10 @@ class WholeModel:
         # A file, not a port: nothing here talks to another process.
         self._rendezvous = tempfile.TemporaryDirectory()
         dist.init_process_group("gloo", init_method=f"file://{self._rendezvous.name}/store", rank=0, world_size=1)
-        layout = parallel.ParallelLayout(1, 1, 1)
+        layout = ParallelLayout(chunk_layers=(self.architecture.num_layers,))
         placement = parallel.initialize(layout, seed=0, timeout=60)
-        self.model = build_model(self.architecture, self.config, layout, placement, temperature=1.0)
-        self.stage = Stage(0, 1, self.architecture.num_layers)
+        [self.model] = build_chunks(self.architecture, self.config, layout, placement, temperature=1.0)
+        self.stage = Stage(0, layout, 0, self.architecture.num_experts)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -55,9 +56,14 @@ class WholeModel:
         dist.destroy_process_group()
         self._rendezvous.cleanup()
 
+    @property
+    def parameters(self) -> dict[Key, torch.nn.Parameter]:
+        """The model's parameters, all in one chunk."""
+        return stage_parameters([self.model])
+
     def load_hf(self, folder: Path) -> None:
         """Weights from a Hugging Face folder."""
-        load_hf(dict(self.model.named_parameters()), folder, self.architecture, self.stage, 0, 1)
+        load_hf(self.parameters, folder, self.architecture, self.stage, 0, 1)
 
     def load(self, checkpoint: Path) -> None:
         """Weights from a checkpoint, of whatever layout."""
@@ -69,7 +75,7 @@ class WholeModel:
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and tensors, one Megatron tensor at a time."""
-        for bucket in Gatherer(self.architecture, self.stage, 1).buckets(dict(self.model.named_parameters())):
+        for bucket in Gatherer(self.architecture, self.stage, bucket_elements=1).buckets(self.parameters):
             yield from bucket.items()
 
     @staticmethod
@@ -81,10 +87,10 @@ class WholeModel:
     # -- what save_tensors and load_tensors ask for ---------------------------------------------------------------
 
     def model_state(self) -> dict[str, Any]:
-        return self.model.sharded_state_dict()
+        return {"chunk0": self.model.sharded_state_dict()}
 
     def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         raise NotImplementedError("a model without an optimiser has no optimiser state")
 
     def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None:
-        self.model.load_state_dict(model_state)
+        self.model.load_state_dict(model_state["chunk0"])

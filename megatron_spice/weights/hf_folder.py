@@ -17,6 +17,7 @@ from megatron_spice.weights.names import Entry, hf_shapes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+
 class HFTensors:
     """The tensors of a folder, read one at a time from memory-mapped safetensors."""
 
@@ -39,10 +40,14 @@ class HFTensors:
         self._open: dict[str, safe_open] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file(name).get_tensor(name)
+
+    def _file(self, name: str) -> safe_open:
+        """The open file with a tensor: each is opened once."""
         file = self.files[name]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(name)
+        return self._open[file]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,8 +73,7 @@ class HFTensors:
                 f"missing {missing[:5]} ({len(missing)} in all), unexpected {extra[:5]} ({len(extra)} in all)"
             )
         for name, shape in expected.items():
-            with safe_open(self.folder / self.files[name], framework="pt") as file:
-                found = tuple(file.get_slice(name).get_shape())
+            found = tuple(self._file(name).get_slice(name).get_shape())
             if found != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {found}, its config.json says {shape}")
 

@@ -1,12 +1,13 @@
 """The one table of names: which Hugging Face tensors make which Megatron tensor, and how it is split over ranks.
 
 Loading, offline conversion, export and the sync to the engines all read this table, so they cannot disagree. An entry is
-a Megatron name, the Hugging Face names it is made of, and a kind. A kind is two functions: `join` makes Megatron's whole
-tensor from the Hugging Face ones and `part` cuts it back; `split_dim` says along which axis tensor-parallel ranks hold
-slices of what `join` made (None: every rank holds all of it).
+a Megatron name, the Hugging Face names it is made of, and a kind. A kind is two functions: `split_for_rank` makes a
+tensor-parallel rank's slice of Megatron's tensor from the Hugging Face ones and `merge_ranks` undoes it.
 
 QKV, as Megatron orders it: for each key-value group its query heads, then its key, then its value. Gated MLP: each rank
 holds its slice of the gate, then its slice of the up projection, so its whole is not a plain concatenation of slices.
+Experts are dealt to ranks whole, so a slice of an expert is all of it; Hugging Face's files hold them one by one, whatever
+the library does with them in memory.
 """
 
 from __future__ import annotations
@@ -25,57 +26,85 @@ Kind = Literal["replicated", "vocabulary", "row", "qkv", "gated"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One Megatron tensor. `layer` is its global layer number, None outside the layers.
+    """One Megatron tensor.
+
+    `names` are the names it may have in a model, with `{layer}` and `{expert}` for the numbers that these have where they
+    are held: first that of Megatron's own layers, then that of Transformer Engine's, where it differs. `layer` and `expert`
+    are the numbers in the whole model; None outside the layers or experts.
 
     `stage` says which pipeline stages hold it: "first", "last", "layer" (the one with the layer), or "both" (a tied
-    embedding: the first stage embeds with it, the last one predicts with a copy).
+    embedding: the model's first chunk embeds with it, the last one predicts with a copy).
     """
 
-    megatron: str
+    names: tuple[str, ...]
     hf: tuple[str, ...]
     kind: Kind
     stage: Literal["first", "last", "layer", "both"]
     layer: int | None = None
+    expert: int | None = None
 
 
 def table(architecture: ModelArchitecture) -> list[Entry]:
     """Every tensor of the model, first to last."""
-    entries = [
-        Entry(
-            "embedding.word_embeddings.weight",
-            ("model.embed_tokens.weight",),
-            "vocabulary",
-            "both" if architecture.tied_embeddings else "first",
-        )
-    ]
+    tied = architecture.tied_embeddings
+    embedding = Entry(
+        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "vocabulary", "both" if tied else "first"
+    )
+    entries = [embedding]
     for layer in range(architecture.num_layers):
-        entries += _layer_entries(architecture, layer)
-    entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated", "last"))
-    if not architecture.tied_embeddings:
-        entries.append(Entry("output_layer.weight", ("lm_head.weight",), "vocabulary", "last"))
+        entries += _attention_entries(architecture, layer)
+        entries += _dense_entries(layer) if architecture.num_experts is None else _expert_entries(architecture, layer)
+    entries.append(Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), "replicated", "last"))
+    if not tied:
+        entries.append(Entry(("output_layer.weight",), ("lm_head.weight",), "vocabulary", "last"))
     return entries
 
 
-def _layer_entries(architecture: ModelArchitecture, layer: int) -> list[Entry]:
-    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+def _entry(layer: int, names: str | tuple[str, ...], kind: Kind, *hf: str, expert: int | None = None) -> Entry:
+    ours = tuple("decoder.layers.{layer}." + name for name in ([names] if isinstance(names, str) else names))
+    return Entry(ours, tuple(f"model.layers.{layer}.{name}" for name in hf), kind, "layer", layer, expert)
 
-    def entry(name: str, kind: Kind, *hf: str) -> Entry:
-        return Entry(ours + name, tuple(theirs + tensor for tensor in hf), kind, "layer", layer)
 
+def _attention_entries(architecture: ModelArchitecture, layer: int) -> list[Entry]:
     heads = ("q_proj", "k_proj", "v_proj")
+    norm = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
     entries = [
-        entry("input_layernorm.weight", "replicated", "input_layernorm.weight"),
-        entry("self_attention.linear_qkv.weight", "qkv", *(f"self_attn.{head}.weight" for head in heads)),
-        entry("self_attention.linear_proj.weight", "row", "self_attn.o_proj.weight"),
-        entry("pre_mlp_layernorm.weight", "replicated", "post_attention_layernorm.weight"),
-        entry("mlp.linear_fc1.weight", "gated", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        entry("mlp.linear_fc2.weight", "row", "mlp.down_proj.weight"),
+        _entry(layer, norm, "replicated", "input_layernorm.weight"),
+        _entry(layer, "self_attention.linear_qkv.weight", "qkv", *(f"self_attn.{head}.weight" for head in heads)),
+        _entry(layer, "self_attention.linear_proj.weight", "row", "self_attn.o_proj.weight"),
     ]
     if architecture.qkv_bias:
-        entries.append(entry("self_attention.linear_qkv.bias", "qkv", *(f"self_attn.{head}.bias" for head in heads)))
+        biases = (f"self_attn.{head}.bias" for head in heads)
+        entries.append(_entry(layer, "self_attention.linear_qkv.bias", "qkv", *biases))
     if architecture.qk_norm:
-        entries.append(entry("self_attention.q_layernorm.weight", "replicated", "self_attn.q_norm.weight"))
-        entries.append(entry("self_attention.k_layernorm.weight", "replicated", "self_attn.k_norm.weight"))
+        entries.append(_entry(layer, "self_attention.q_layernorm.weight", "replicated", "self_attn.q_norm.weight"))
+        entries.append(_entry(layer, "self_attention.k_layernorm.weight", "replicated", "self_attn.k_norm.weight"))
+    return entries
+
+
+def _dense_entries(layer: int) -> list[Entry]:
+    norm = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    return [
+        _entry(layer, norm, "replicated", "post_attention_layernorm.weight"),
+        _entry(layer, "mlp.linear_fc1.weight", "gated", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        _entry(layer, "mlp.linear_fc2.weight", "row", "mlp.down_proj.weight"),
+    ]
+
+
+def _expert_entries(architecture: ModelArchitecture, layer: int) -> list[Entry]:
+    entries = [
+        _entry(layer, "pre_mlp_layernorm.weight", "replicated", "post_attention_layernorm.weight"),
+        _entry(layer, "mlp.router.weight", "replicated", "mlp.gate.weight"),
+    ]
+    for expert in range(architecture.num_experts):
+        theirs = f"mlp.experts.{expert}."
+        for linear, kind, projections in (("fc1", "gated", ("gate_proj", "up_proj")), ("fc2", "row", ("down_proj",))):
+            names = (
+                f"mlp.experts.local_experts.{{expert}}.linear_{linear}.weight",
+                f"mlp.experts.linear_{linear}.weight{{expert}}",  # all of a rank's experts in one module
+            )
+            hf = (f"{theirs}{projection}.weight" for projection in projections)
+            entries.append(_entry(layer, names, kind, *hf, expert=expert))
     return entries
 
 
@@ -87,6 +116,8 @@ def split_for_rank(
     Args:
         tensors: the Hugging Face tensors, in the order of `entry.hf`.
     """
+    if entry.expert is not None:
+        rank, size = 0, 1
     if entry.kind == "replicated":
         return tensors[0]
     if entry.kind == "row":
@@ -101,7 +132,12 @@ def split_for_rank(
 def merge_ranks(
     entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture
 ) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone."""
+    """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone.
+
+    Where every rank holds all of it (norms, the router, an expert) one slice is enough.
+    """
+    if entry.expert is not None:
+        slices = slices[:1]
     if entry.kind == "replicated":
         return {entry.hf[0]: slices[0]}
     if entry.kind == "row":
@@ -118,14 +154,16 @@ def hf_shapes(entry: Entry, architecture: ModelArchitecture) -> dict[str, tuple[
     """The shape each of the entry's Hugging Face tensors must have."""
     a = architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    width = a.ffn_hidden_size if entry.expert is None else a.expert_ffn_hidden_size
     rows = {
         "q_proj": (queries, a.hidden_size),
         "k_proj": (keys, a.hidden_size),
         "v_proj": (keys, a.hidden_size),
         "o_proj": (a.hidden_size, queries),
-        "gate_proj": (a.ffn_hidden_size, a.hidden_size),
-        "up_proj": (a.ffn_hidden_size, a.hidden_size),
-        "down_proj": (a.hidden_size, a.ffn_hidden_size),
+        "gate_proj": (width, a.hidden_size),
+        "up_proj": (width, a.hidden_size),
+        "down_proj": (a.hidden_size, width),
+        "gate": (a.num_experts or 0, a.hidden_size),
         "embed_tokens": (a.vocab_size, a.hidden_size),
         "lm_head": (a.vocab_size, a.hidden_size),
         "q_norm": (a.head_dim,),

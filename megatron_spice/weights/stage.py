@@ -1,50 +1,93 @@
-"""What one pipeline stage holds of the name table, under which local names."""
+"""What one rank holds of the name table, under which names: its chunks of layers and its share of the experts.
+
+Parameters go about as `{(chunk, name): parameter}`: `chunk` numbers the chunks of layers on this rank from 0 and `name` is
+Megatron's in that chunk, where layers, and in them experts, are numbered from 0 again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.weights.names import Entry
+
+Key = tuple[int, str]
+
+
+def stage_parameters(chunks: Sequence[torch.nn.Module]) -> dict[Key, torch.nn.Parameter]:
+    """The parameters of a rank's chunks, in the model's order."""
+    return {(index, name): parameter for index, chunk in enumerate(chunks) for name, parameter in chunk.named_parameters()}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Pipeline stage `rank` of `size`, each with an equal share of `num_layers` layers."""
+    """Pipeline stage `rank` of a layout, and the share of the experts with number `expert_rank`."""
 
     rank: int
-    size: int
-    num_layers: int
+    layout: ParallelLayout
+    expert_rank: int = 0
+    num_experts: int | None = None
 
-    @property
-    def first_layer(self) -> int:
-        return self.rank * (self.num_layers // self.size)
-
-    @property
-    def end_layer(self) -> int:
-        return self.first_layer + self.num_layers // self.size
-
-    def local_name(self, entry: Entry) -> str | None:
-        """The entry's parameter name on this stage (layers are numbered from 0 on each), None where it is not held."""
-        is_first, is_last = self.rank == 0, self.rank == self.size - 1
+    def keys(self, entry: Entry) -> list[Key]:
+        """The keys that the entry's parameter may have on this rank, one of them; empty where it is not held."""
+        last = len(self.layout.chunk_layers) - 1
         if entry.stage == "layer":
-            if not self.first_layer <= entry.layer < self.end_layer:
-                return None
-            return entry.megatron.replace(f".{entry.layer}.", f".{entry.layer - self.first_layer}.", 1)
-        if entry.stage == "both" and is_last and not is_first:
-            return "output_layer.weight"  # the last stage's copy of a tied embedding
-        held = is_first if entry.stage in ("first", "both") else is_last
-        return entry.megatron if held else None
+            chunk = self.layout.chunk_of(entry.layer)
+            local = self._local_expert(entry)
+            if chunk % self.layout.pipeline != self.rank or local is None:
+                return []
+            layer = entry.layer - self.layout.layers_of(chunk).start
+            return [(chunk // self.layout.pipeline, name.format(layer=layer, expert=local)) for name in entry.names]
+        found: list[Key] = []
+        if self.rank == 0 and entry.stage in ("first", "both"):
+            found = [(0, name) for name in entry.names]
+        if self.rank == last % self.layout.pipeline:
+            if entry.stage == "last":
+                found = [(self.layout.virtual - 1, name) for name in entry.names]
+            elif entry.stage == "both" and last > 0:
+                found = [(self.layout.virtual - 1, "output_layer.weight")]  # the last chunk's copy of a tied embedding
+        return found
 
-    def owner(self, entry: Entry) -> int:
-        """The stage that speaks for the entry: the only one that holds it, or the first."""
-        if entry.stage == "layer":
-            return entry.layer // (self.num_layers // self.size)
-        return self.size - 1 if entry.stage == "last" else 0
+    def key(self, entry: Entry, parameters: Collection[Key]) -> Key | None:
+        """The entry's key among this rank's parameters; None where it is not held.
 
-    def held(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
-        """The entries this stage holds, with their local names."""
+        Raises:
+            ValueError: it should be held and is not among them.
+        """
+        keys = self.keys(entry)
+        for key in keys:
+            if key in parameters:
+                return key
+        if keys:
+            names = " or ".join(name for _, name in keys)
+            raise ValueError(f"chunk {keys[0][0]} of stage {self.rank} has no parameter {names}, which the name table expects")
+        return None
+
+    def owner(self, entry: Entry) -> tuple[int, int]:
+        """The pipeline stage that speaks for the entry (the only one that holds it, or the first), and the expert rank
+        that does so there (0 for what all its ranks hold)."""
+        last = len(self.layout.chunk_layers) - 1
+        chunk = self.layout.chunk_of(entry.layer) if entry.stage == "layer" else last if entry.stage == "last" else 0
+        return chunk % self.layout.pipeline, 0 if entry.expert is None else entry.expert // self._local_experts
+
+    def held(self, entries: Iterable[Entry], parameters: Collection[Key]) -> Iterator[tuple[Entry, Key]]:
+        """The entries this rank holds, with their keys. Raises ValueError as `key` does."""
         for entry in entries:
-            name = self.local_name(entry)
-            if name is not None:
-                yield entry, name
+            key = self.key(entry, parameters)
+            if key is not None:
+                yield entry, key
+
+    @property
+    def _local_experts(self) -> int:
+        """Experts on each rank: consecutive ones."""
+        return self.num_experts // self.layout.expert
+
+    def _local_expert(self, entry: Entry) -> int | None:
+        """The expert's number on this rank (0 for what is no expert), None where another rank has it."""
+        if entry.expert is None:
+            return 0
+        rank, local = divmod(entry.expert, self._local_experts)
+        return local if rank == self.expert_rank else None

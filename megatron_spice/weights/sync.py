@@ -2,7 +2,7 @@
 
 Order, for every engine this rank hosts: open a weight-update session, send each bucket as it is gathered, close the
 session with the new version, and read the version back. Every name of the table must have been sent. With verification
-on, a fixed text is then scored by both sides: a converter bug or a bucket changed on its way shows as log-probabilities
+on, a fixed text is then scored by both sides, the policy first, whose weights may sleep by then: a converter bug or a bucket changed on its way shows as log-probabilities
 that differ, before a single rollout is wasted on it.
 """
 
@@ -18,8 +18,10 @@ import torch.distributed as dist
 from megatron_spice.rollout.engine import Engine
 
 
-# Largest mean |policy - engine| log-probability taken for rounding: bfloat16 kernels of two systems differ in order.
-TOLERANCE = {"fp32": 0.02, "bf16": 0.15}
+# Largest mean |policy - engine| log-probability taken for rounding: bfloat16 kernels of two systems differ in order, and an
+# FP8 policy rounds what its engines do not. Measured with SmolLM2-135M on the CPU: 0.24 between FP8 and bf16 on the probe
+# text, 0.46 to 6.3 when one matrix or norm has its rows shifted by one.
+TOLERANCE = {"fp32": 0.02, "bf16": 0.15, "fp8": 0.4}
 
 
 class SyncMismatch(RuntimeError):
@@ -79,13 +81,11 @@ def push(
     return time.perf_counter() - start, num_bytes
 
 
-def verify(
-    score: Callable[[Sequence[int]], list[float]],
-    engines: Sequence[Engine],
-    probe_ids: Sequence[int],
-    tolerance: float,
-) -> float:
+def verify(ours: Sequence[float], engines: Sequence[Engine], probe_ids: Sequence[int], tolerance: float) -> float:
     """Compares policy and engines on a fixed text. All ranks call it together and all learn the outcome.
+
+    Args:
+        ours: the policy's log-probabilities of `probe_ids[1:]`, taken while its weights were awake.
 
     Returns:
         The largest mean absolute difference over the engines of all ranks.
@@ -93,10 +93,10 @@ def verify(
     Raises:
         SyncMismatch: it passes `tolerance`.
     """
-    ours = torch.tensor(score(probe_ids))
+    ours_t = torch.tensor(ours)
     worst = 0.0
     for engine in engines:
-        difference = (torch.tensor(engine.score(list(probe_ids))) - ours).abs().mean().item()
+        difference = (torch.tensor(engine.score(list(probe_ids))) - ours_t).abs().mean().item()
         worst = max(worst, difference if difference == difference else float("inf"))
     everyone: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(everyone, worst)

@@ -25,6 +25,15 @@ QWEN3 = {
     "use_sliding_window": False,
     "hidden_act": "silu",
 }
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 
 
 def test_llama_with_rope_parameters(smollm2):
@@ -45,6 +54,38 @@ def test_qwen3_with_rope_theta_at_the_top():
 def test_qwen2_has_biases_that_its_file_does_not_mention():
     shape = ModelArchitecture.from_config({**QWEN3, "model_type": "qwen2", "head_dim": None})
     assert shape.qkv_bias and not shape.qk_norm and shape.head_dim == 80
+
+
+def test_qwen3_moe_has_experts():
+    shape = ModelArchitecture.from_config(QWEN3_MOE)
+    assert (shape.num_experts, shape.experts_per_token, shape.expert_ffn_hidden_size) == (128, 8, 768)
+    assert shape.normalize_expert_weights and shape.qk_norm and not shape.qkv_bias
+    unsaid = ModelArchitecture.from_config({k: v for k, v in QWEN3_MOE.items() if k not in ("norm_topk_prob", "head_dim")})
+    assert not unsaid.normalize_expert_weights and unsaid.head_dim == 80
+    renamed = {**QWEN3_MOE, "num_experts": None, "num_local_experts": 64}
+    assert ModelArchitecture.from_config(renamed).num_experts == 64
+
+
+def test_a_dense_model_has_no_experts(smollm2):
+    assert ModelArchitecture.from_config(smollm2 | {"num_experts": 8}).num_experts is None
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"mlp_only_layers": [0, 3]}, ["mlp_only_layers=[0, 3]", "supported: []"]),
+        ({"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "supported: 1"]),
+        ({"num_experts_per_tok": 200}, ["num_experts_per_tok=200", "num_experts=128"]),
+        ({"num_experts_per_tok": 1}, ["num_experts_per_tok=1", "norm_topk_prob=true"]),
+        ({"num_experts": None}, ["num_experts is missing"]),
+        ({"moe_intermediate_size": 0}, ["moe_intermediate_size is 0"]),
+    ],
+)
+def test_mixtures_that_cannot_be_built_are_refused_by_name(change, parts):
+    with pytest.raises(ConfigError) as caught:
+        ModelArchitecture.from_config(QWEN3_MOE | change, "here/config.json")
+    for part in ["here/config.json", *parts]:
+        assert part in str(caught.value)
 
 
 def test_missing_key_value_heads_mean_as_many_as_heads(smollm2):
@@ -71,7 +112,7 @@ def test_rope_scaling_is_kept_under_either_name(smollm2, name):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"model_type": "mamba"}, ["model_type='mamba'", "llama, qwen2, qwen3"]),
+        ({"model_type": "mamba"}, ["model_type='mamba'", "llama, qwen2, qwen3, qwen3_moe"]),
         ({"model_type": None}, ["model_type=None"]),
         ({"num_hidden_layers": None}, ["num_hidden_layers is missing"]),
         ({"hidden_size": "wide"}, ["hidden_size is 'wide'"]),

@@ -6,15 +6,21 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.game.records import Trajectory
 from megatron_spice.policy.loss import LossSettings, row_loss
 from megatron_spice.policy.packing import Block
 from megatron_spice.policy.rows import row_tensors
 
 
-def _row(*pieces: tuple[float, tuple[float, ...]]):
-    members = tuple(Trajectory("reasoner", (1,), (2,) * len(l), l, a, 0.0, weight=0.25) for a, l in pieces)
+def _row(*pieces: tuple[float, tuple[float, ...]], roles: tuple[str, ...] = ()):
+    roles = roles or ("reasoner",) * len(pieces)
+    members = tuple(
+        Trajectory(role, (1,), (2,) * len(l), l, a, 0.0, weight=0.25) for role, (a, l) in zip(roles, pieces, strict=True)
+    )
     return row_tensors((Block((1,), members),), "cpu")
 
 
@@ -41,6 +47,80 @@ def test_clipping_stops_gradients_only_where_the_step_went_too_far():
 def test_truncated_importance_weights():
     row = _row((1.0, (-1.0,)), (1.0, (-1.0,)))
     logprobs = torch.tensor([-1.5, 4.0], requires_grad=True)
-    loss, _ = row_loss(logprobs, torch.zeros(2), row, LossSettings(None, 2.0))
+    loss, tensors = row_loss(logprobs, torch.zeros(2), row, LossSettings(None, 2.0))
     loss.backward()
+    assert tensors["capped"].tolist() == [0.0, 1.0]
     assert logprobs.grad.tolist() == pytest.approx([-0.25 * math.exp(-0.5), -0.25 * 2.0])
+
+
+def test_dual_clip_bounds_what_a_negative_advantage_may_push():
+    """Ratios e (unbounded: 2 e), 2 (not yet bounded) and, with a positive advantage, e: that one is the usual clip's."""
+    row = _row((-2.0, (0.0,)), (-2.0, (0.0,)), (1.0, (0.0,)))
+    row.old_logprobs_c = torch.tensor([-2.0, -2.0, -2.0])
+    logprobs = torch.tensor([-1.0, -2.0 + math.log(2.0), -1.0], requires_grad=True)
+    loss, tensors = row_loss(logprobs, torch.zeros(3), row, LossSettings(0.2, None, dual_clip=2.5))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25 * (2.5 * 2 + 2 * 2 - 1.2))
+    assert tensors["dual_clipped"].tolist() == [1.0, 0.0, 0.0] and tensors["clipped"].tolist() == [0.0, 0.0, 1.0]
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 0.25 * 2 * 2, 0.0])
+
+
+def test_the_entropy_bonus_counts_tokens_as_the_loss_does():
+    row = _row((0.0, (-1.0, -1.0)), (2.0, (-1.0,)))
+    entropies = torch.tensor([0.5, 1.5, 2.0], requires_grad=True)
+    loss, tensors = row_loss(torch.full((3,), -1.0), entropies, row, LossSettings(None, None, entropy_bonus=0.1))
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.25 * (2.0 + 0.1 * (0.5 + 1.5 + 2.0)))
+    assert entropies.grad.tolist() == pytest.approx([-0.025] * 3)
+    assert not tensors["entropy"].requires_grad
+
+
+def test_role_weights():
+    row = _row((1.0, (-1.0,)), (1.0, (-1.0, -1.0)), roles=("challenger", "reasoner"))
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    settings = LossSettings(None, None, entropy_bonus=2.0, challenger_weight=3.0, reasoner_weight=0.5)
+    loss, _ = row_loss(logprobs, torch.ones(3), row, settings)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.25 * (3.0 * (1 + 2) + 0.5 * 2 * (1 + 2)))
+    assert logprobs.grad.tolist() == pytest.approx([-0.75, -0.125, -0.125])
+
+
+numbers = st.floats(-3, 3, width=32)
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, max_size=8), st.floats(1.21, 5))
+def test_dual_clip_touches_nothing_else(tokens, bound):
+    """Every token's surrogate is the larger of the plain one and bound * advantage, its gradient the plain one or 0."""
+    row = _row(*((advantage, (engine,)) for advantage, engine, _, _ in tokens))
+    row.old_logprobs_c = torch.tensor([old for _, _, old, _ in tokens])
+
+    def of_each(settings):
+        logprobs = torch.tensor([now for *_, now in tokens], requires_grad=True)
+        losses = [row_loss(logprobs[[i]], torch.zeros(1), _only(row, i), settings)[0] for i in range(len(tokens))]
+        surrogates = torch.stack(losses) / -0.25
+        surrogates.sum().backward()
+        return surrogates.detach(), logprobs.grad
+
+    plain, plain_grad = of_each(LossSettings(0.2, None))
+    dual, dual_grad = of_each(LossSettings(0.2, None, dual_clip=bound))
+    floor = torch.where(row.advantages_c < 0, bound * row.advantages_c, -torch.inf)
+    torch.testing.assert_close(dual, torch.maximum(plain, floor))
+    torch.testing.assert_close(dual_grad, torch.where(plain < floor, 0.0, plain_grad))
+
+
+def _only(row, index: int):
+    """One token of a row of one-token completions."""
+    one = _row((row.advantages_c[index].item(), (row.rollout_logprobs_c[index].item(),)))
+    one.old_logprobs_c = row.old_logprobs_c[[index]]
+    return one
+
+
+def test_settings_of_a_recipe():
+    plain = LossSettings.of(PolicyConfig(model="m"), several_steps=True)
+    assert plain == LossSettings(0.2, None) and not plain.needs_all
+    recipe = PolicyConfig(
+        model="m", clip_ratio=0.1, dual_clip=3.0, importance_cap=2.0, entropy_bonus=0.01, role_weights={"challenger": 0.5}
+    )
+    several = LossSettings.of(recipe, several_steps=True)
+    assert several == LossSettings(0.1, 2.0, 3.0, 0.01, 0.5, 1.0) and several.needs_all
+    assert LossSettings.of(recipe, several_steps=False) == LossSettings(None, 2.0, None, 0.01, 0.5, 1.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spice.game.records import Trajectory
-from megatron_spice.policy.packing import make_blocks, num_tokens, num_unshared_tokens, plan_rows, split_steps
+from megatron_spice.policy.packing import Cost, make_blocks, num_tokens, num_unshared_tokens, plan_rows, row_cost, split_steps
 
 prompts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4, unique=True)
 
@@ -23,10 +24,11 @@ def batches(draw: st.DrawFn) -> list[Trajectory]:
     return found
 
 
-@given(batches(), st.integers(1, 40), st.integers(1, 5), st.booleans())
-def test_every_trajectory_is_planned_once_on_equally_many_rows(batch, budget, ranks, shared):
-    plan = plan_rows(batch, budget, ranks, shared_prefix=shared)
-    assert len(plan) == ranks and len({len(rows) for rows in plan}) == 1
+@given(batches(), st.integers(1, 40), st.integers(1, 5), st.booleans(), st.integers(1, 3))
+def test_every_trajectory_is_planned_once_on_equally_many_rows(batch, budget, ranks, shared, multiple):
+    plan = plan_rows(batch, budget, ranks, shared_prefix=shared, multiple=multiple)
+    [count] = {len(rows) for rows in plan}
+    assert len(plan) == ranks and count % multiple == 0
     blocks = [block for rows in plan for row in rows for block in row]
     assert Counter(t for block in blocks for t in block.trajectories) == Counter(batch)
     assert all(t.prompt_ids == block.prompt_ids for block in blocks for t in block.trajectories)
@@ -58,6 +60,25 @@ def test_every_step_has_both_roles():
         for number in range(4) for index, role in enumerate(("challenger", "reasoner"))
     ]  # fmt: skip
     assert [{t.role for t in part} for part in split_steps(batch, 2)] == [{"challenger", "reasoner"}] * 2
+
+
+@given(batches(), st.integers(5, 40))
+def test_cost_counts_tokens_pairs_and_predictions(batch, budget):
+    for row in plan_rows(batch, budget, 1)[0]:
+        pairs = 0
+        for block in row:
+            for place in range(len(block.prompt_ids)):
+                pairs += place + 1
+            for trajectory in block.trajectories:
+                pairs += sum(len(block.prompt_ids) + place + 1 for place in range(len(trajectory.completion_ids)))
+        predictions = sum(len(t.completion_ids) for block in row for t in block.trajectories)
+        assert row_cost(row, Cost(1.0, 0.01, 0.5)) == pytest.approx(num_tokens(row) + 0.01 * pairs + 0.5 * predictions)
+
+
+def test_a_long_sequence_costs_more_than_as_many_tokens_in_short_ones():
+    batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate([90, 31, 29, 29])]
+    plan = plan_rows(batch, 1, 2, cost=Cost(1.0, 1.0))
+    assert [len([row for row in rows if row]) for rows in plan] == [1, 3]
 
 
 def test_rows_are_balanced_by_cost():

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from megatron_spice.game.records import Trajectory
 from megatron_spice.policy.packing import Block
-from megatron_spice.policy.rows import row_tensors
+from megatron_spice.policy.rows import gathered_order, padded_length, row_tensors
 
 lengths = st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=4)), min_size=1, max_size=3)
 
 
-@given(lengths)
-def test_each_token_sees_its_own_sequence_up_to_itself(shape):
+def _row(shape):
+    """A row of unique token ids counted from 0 in order of place, and its sequences."""
     row, sequences, token = [], [], 0
     for prompt_length, completions in shape:
         prompt = tuple(range(token, token + prompt_length))
@@ -26,23 +26,68 @@ def test_each_token_sees_its_own_sequence_up_to_itself(shape):
             members.append(Trajectory("challenger", prompt, completion, (0.0,) * length, 1.0, 0.0))
             sequences.append(prompt + completion)
         row.append(Block(prompt, tuple(members)))
-    tensors = row_tensors(tuple(row), "cpu")
-    place = {id: index for index, id in enumerate(tensors.ids_s[:token].tolist())}
+    return tuple(row), sequences, token
+
+
+def _attends(codes):
+    """[k, k]: the definition, token by token, with rows and columns in order of place."""
+    by_place = sorted(codes.tolist(), key=lambda code: code[2])
+    return [
+        [mine[0] == other[0] and other[1] in (-1, mine[1]) and other[2] <= mine[2] for other in by_place] for mine in by_place
+    ]
+
+
+@given(lengths, st.integers(1, 3), st.integers(0, 5))
+def test_each_token_sees_its_own_sequence_up_to_itself(shape, context, extra):
+    row, sequences, count = _row(shape)
+    length = padded_length(count + extra, 2 * context)
+    parts = [row_tensors(row, "cpu", length, rank, context) for rank in range(context)]
+    assert all(torch.equal(part.codes_k3, parts[0].codes_k3) for part in parts)
+    attends = _attends(parts[0].codes_k3)
     for sequence in sequences:
         for position, id in enumerate(sequence):
-            assert tensors.positions_s[place[id]] == position
-            seen = {other for other, index in place.items() if tensors.mask_ss[place[id], index]}
-            assert seen == set(sequence[: position + 1]) or id not in sequence
-    assert tensors.mask_ss.any(1).all(), "a token that sees nothing makes its softmax NaN"
-    predicted_from = dict(zip(tensors.labels_c.tolist(), tensors.source_c.tolist()))
-    for sequence, block in ((s, b) for b in row for s in sequences if s[: len(b.prompt_ids)] == b.prompt_ids):
-        for before, label in list(zip(sequence, sequence[1:]))[len(block.prompt_ids) - 1 :]:
-            assert predicted_from[label] == place[before]
+            seen = {other for other in range(length) if attends[id][other]}
+            # A prompt's token is in several sequences and sees what they have in common.
+            assert seen == set(sequence[: position + 1])
+    for padding in range(count, length):
+        assert [other for other in range(length) if attends[padding][other]] == [padding]
+
+    place = parts[0].codes_k3[:, 2].tolist()
+    assert sorted(place) == list(range(length))
+    ids = torch.cat([part.ids_s for part in parts]).tolist()
+    positions = torch.cat([part.positions_s for part in parts]).tolist()
+    assert all(ids[index] == at for index, at in enumerate(place) if at < count)
+    for sequence in sequences:
+        for position, id in enumerate(sequence):
+            assert positions[place.index(id)] == position
+    predicted_from = {}
+    for part in parts:
+        for label, source in zip(part.labels_c.tolist(), part.source_c.tolist()):
+            assert label not in predicted_from, "a token is predicted on one rank only"
+            predicted_from[label] = part.ids_s[source].item()
+    prompts = {id for block in row for id in block.prompt_ids}
+    expected = {label: before for s in sequences for before, label in zip(s, s[1:]) if label not in prompts}
+    assert predicted_from == expected
 
 
-def test_an_empty_row_is_one_token_that_counts_for_nothing():
+@given(lengths)
+def test_sequences_have_lengths_only_where_nothing_is_shared(shape):
+    row, sequences, count = _row(shape)
+    tensors = row_tensors(row, "cpu", count + 3)
+    if any(len(completions) > 1 for _, completions in shape):
+        assert tensors.lengths is None
+    else:
+        assert tensors.lengths == (*map(len, sequences), 3)
+
+
+def test_context_ranks_share_early_and_late_tokens():
+    assert gathered_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+
+
+def test_an_empty_row_is_padding():
     tensors = row_tensors((), "cpu")
-    assert tensors.ids_s.tolist() == [0] and tensors.mask_ss.tolist() == [[True]] and tensors.labels_c.numel() == 0
+    assert tensors.ids_s.tolist() == [0] and tensors.labels_c.numel() == 0 and tensors.codes_k3[:, 0].tolist() == [-1]
+    assert row_tensors((), "cpu", 4).codes_k3[:, 0].unique().numel() == 4, "padding sees only itself"
 
 
 def test_weights_and_advantages_follow_the_completion_tokens():

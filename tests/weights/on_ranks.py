@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 
 def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any], folder: str) -> dict[str, Any]:
-    """One update, a sync to an SGLang server hosted by rank 0, an export; then a sync in which one bucket is corrupted."""
+    """One update, a sync to an SGLang server hosted by rank 0 in the order of the driver, both sides giving up what they
+    can, an export; then a sync in which one bucket is corrupted."""
     from megatron_spice.cluster import distributed, platform, topology
 
     here = topology.from_environment(platform.prepare("cpu"))  # before anything that imports Megatron
@@ -20,13 +21,14 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
     from megatron_spice.config.schema import Config
     from megatron_spice.game.records import Sampling
     from megatron_spice.policy.policy import Policy
+    from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS
     from megatron_spice.rollout.supervisor import SglangEngine
     from megatron_spice.weights import sync
     from megatron_spice.weights.hf_folder import write_hf_folder
 
     config = Config.model_validate({
         "run": {"dir": folder}, "corpus": {"path": folder},
-        "policy": {"model": model, "precision": "fp32", "learning_rate": 1e-2, **degrees},
+        "policy": {"model": model, "precision": "fp32", "learning_rate": 1e-2, "sleep": "all", **degrees},
         "rollout": {"bucket_mb": 1, "max_total_tokens": 1024, "max_running_requests": 4},
     })  # fmt: skip
     engines = []
@@ -42,8 +44,18 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 engine.wait_ready()
             policy.update(trajectories)
             probe = list(range(5, 60))
+            for engine in engines:
+                engine.sleep()
+            policy.sleep(keep_weights=True)
+            for engine in engines:
+                engine.wake([WEIGHTS])
             result["bytes"] = sync.push(policy.hf_buckets, policy.hf_names, engines, "7")[1]
-            result["difference"] = sync.verify(policy.score, engines, probe, 0.02)
+            ours = policy.score(probe)
+            policy.sleep_weights()
+            for engine in engines:
+                engine.wake([KV_CACHE])
+            result["difference"] = sync.verify(ours, engines, probe, 0.02)
+            policy.wake()
             exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
             if here.is_first:
                 write_hf_folder(iter(exported), Path(model), Path(folder) / "exported")
@@ -80,7 +92,7 @@ def _corrupted_sync(policy: Any, engines: list[Any], probe: list[int], sync: Any
 
     sync.push(buckets, policy.hf_names, engines, "8")
     try:
-        sync.verify(policy.score, engines, probe, 0.02)
+        sync.verify(policy.score(probe), engines, probe, 0.02)
     except sync.SyncMismatch as error:
         return str(error)
     return ""

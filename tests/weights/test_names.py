@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small_models import DENSE, MIXTURE, make_model
 
-from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.weights.names import hf_shapes, merge_ranks, split_for_rank, table
-from megatron_spice.weights.stage import Stage
 
-ARCHITECTURE = ModelArchitecture(
-    family="qwen2", num_layers=4, hidden_size=24, ffn_hidden_size=40, num_attention_heads=8, num_query_groups=4,
-    head_dim=6, vocab_size=301, norm_epsilon=1e-5, rope_theta=1e4, rope_scaling=None, max_position_embeddings=64,
-    tied_embeddings=False, qkv_bias=True, qk_norm=True,
-)  # fmt: skip
-
-
+@pytest.mark.parametrize("architecture", [DENSE, MIXTURE], ids=lambda architecture: architecture.family)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_split_and_merge_are_inverse(size):
-    for entry in table(ARCHITECTURE):
-        tensors = [torch.randn(shape) for shape in hf_shapes(entry, ARCHITECTURE).values()]
-        slices = [split_for_rank(entry, tensors, ARCHITECTURE, rank, size) for rank in range(size)]
-        merged = merge_ranks(entry, slices, ARCHITECTURE)
+def test_split_and_merge_are_inverse(size, architecture):
+    for entry in table(architecture):
+        tensors = [torch.randn(shape) for shape in hf_shapes(entry, architecture).values()]
+        slices = [split_for_rank(entry, tensors, architecture, rank, size) for rank in range(size)]
+        merged = merge_ranks(entry, slices, architecture)
         assert list(merged) == list(entry.hf)
         for tensor, back in zip(tensors, merged.values()):
-            assert torch.equal(tensor, back), entry.megatron
+            assert torch.equal(tensor, back), entry.names
 
 
 def test_slices_of_qkv_hold_whole_groups():
-    entry = next(entry for entry in table(ARCHITECTURE) if entry.kind == "qkv" and entry.megatron.endswith("weight"))
-    queries, keys, values = (torch.full(shape, float(i)) for i, shape in enumerate(hf_shapes(entry, ARCHITECTURE).values()))
-    first = split_for_rank(entry, [queries, keys, values], ARCHITECTURE, 0, 4)
+    entry = next(entry for entry in table(DENSE) if entry.kind == "qkv" and entry.names[0].endswith("weight"))
+    queries, keys, values = (torch.full(shape, float(i)) for i, shape in enumerate(hf_shapes(entry, DENSE).values()))
+    first = split_for_rank(entry, [queries, keys, values], DENSE, 0, 4)
     assert first[:, 0].tolist() == [0.0] * 12 + [1.0] * 6 + [2.0] * 6  # two query heads, one key, one value
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_entry_has_one_owner_that_holds_it(size, tied):
-    architecture = dataclasses.replace(ARCHITECTURE, tied_embeddings=tied)
-    stages = [Stage(rank, size, architecture.num_layers) for rank in range(size)]
-    for entry in table(architecture):
-        assert stages[stages[0].owner(entry)].local_name(entry) is not None
-        holders = [stage.rank for stage in stages if stage.local_name(entry) is not None]
-        assert len(holders) == (2 if entry.stage == "both" and size > 1 else 1)
-    names = [name for name in (stages[-1].local_name(entry) for entry in table(architecture)) if name]
-    assert len(names) == len(set(names)) and any(".layers.0." in name for name in names)
+def test_every_rank_of_a_tensor_group_has_its_experts_whole():
+    entry = next(entry for entry in table(MIXTURE) if entry.expert is not None and entry.kind == "gated")
+    gate, up = (torch.full(shape, float(i)) for i, shape in enumerate(hf_shapes(entry, MIXTURE).values()))
+    for rank in range(4):
+        assert split_for_rank(entry, [gate, up], MIXTURE, rank, 4)[:, 0].tolist() == [0.0] * 20 + [1.0] * 20
+
+
+@pytest.mark.parametrize("family, tied", [
+    ("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True), ("qwen3_moe", False), ("qwen3_moe", True),
+])  # fmt: skip
+def test_the_table_has_what_transformers_writes(tmp_path, family, tied):
+    folder = make_model(tmp_path, family, tied, num_hidden_layers=2)
+    architecture = read_architecture(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    entries = table(architecture)
+    assert {name: shape for entry in entries for name, shape in hf_shapes(entry, architecture).items()} == shapes
+    assert sum(len(entry.hf) for entry in entries) == len(shapes), "a tensor is in two entries"
+
+
+def test_older_files_count_experts_under_another_name(tmp_path):
+    folder = make_model(tmp_path, "qwen3_moe", tied=False, num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    assert ModelArchitecture.from_config(config) == read_architecture(folder)

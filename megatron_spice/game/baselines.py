@@ -1,0 +1,57 @@
+"""Advantages against a running mean of each role's rewards, instead of the mean of a trajectory's own group.
+
+SPIRAL's role-conditioned advantage estimation (arXiv 2506.24119): Challenger and Reasoner are paid on
+different scales, so each has a baseline of its own,
+
+    A_i = r_i - b_role          b_role <- decay * b_role + (1 - decay) * mean of the role's rewards of this iteration
+
+Unlike the group's mean it also tells good groups from bad ones: a group of equal rewards has a gradient. Two decisions of
+ours: advantages are taken before the update, so that no reward lowers its own advantage; and a role's first rewards start
+its baseline at their mean (not at zero, which would make every early advantage positive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import get_args
+
+from megatron_spice.game.records import Role, Trajectory
+
+
+class RoleBaselines:
+    """The running means; part of a run's state.
+
+    Args:
+        decay: share of the old baseline that an iteration keeps, in [0, 1).
+    """
+
+    def __init__(self, decay: float) -> None:
+        assert 0.0 <= decay < 1.0, f"decay {decay} is not in [0, 1)"
+        self.decay = decay
+        self._means: dict[str, float] = {}
+
+    def apply(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """One iteration's trajectories, advantages replaced by reward minus baseline; then the baselines move on.
+
+        A role without trajectories keeps its baseline.
+        """
+        means = {
+            role: fmean(trajectory.reward for trajectory in trajectories if trajectory.role == role)
+            for role in {trajectory.role for trajectory in trajectories}
+        }
+        baselines = means | self._means
+        for role, mean in means.items():
+            self._means[role] = self.decay * baselines[role] + (1.0 - self.decay) * mean
+        return [replace(t, advantage=t.reward - baselines[t.role]) for t in trajectories]
+
+    def state_dict(self) -> dict[str, float]:
+        """Baselines by role; a role not seen yet has none."""
+        return dict(self._means)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes over what `state_dict` gave. Raises ValueError for a role that there is not."""
+        if unknown := set(state) - set(get_args(Role)):
+            raise ValueError(f"baselines of {sorted(unknown)}; the roles are {list(get_args(Role))}")
+        self._means = {role: float(mean) for role, mean in state.items()}

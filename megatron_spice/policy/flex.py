@@ -1,0 +1,80 @@
+"""Attention among the tokens of a packed row on CUDA: torch's FlexAttention, told who sees whom by the row's codes.
+
+The kernel works on blocks of 128 queries and 128 keys: it skips those where nothing is visible and asks the codes only in
+those that are visible in part. It is compiled once for rows of any length (`dynamic=True`): compiled for one length, it
+would be compiled again for every row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_spice.policy.row_mask import RowCache, dense_mask
+
+BLOCK = 128
+MASK_ELEMENTS = 2**26  # of the dense mask that exist at a time while blocks are sorted
+
+_BLOCKS: RowCache[BlockMask] = RowCache()
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_attend(
+    query_qnd: torch.Tensor,
+    key_kgd: torch.Tensor,
+    value_kgd: torch.Tensor,
+    codes_q3: torch.Tensor,
+    codes_k3: torch.Tensor,
+    scale: float,
+    kernel: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[q, n, d]; see `attention_kernels.attend`. `kernel`: what to call in the place of the compiled FlexAttention."""
+    blocks = _BLOCKS.get(codes_q3, codes_k3, lambda: block_mask(codes_q3, codes_k3))
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_qnd, key_kgd, value_kgd))
+    context = (kernel or _compiled())(query, key, value, block_mask=blocks, scale=scale, enable_gqa=True)
+    return context[0].transpose(0, 1)
+
+
+def block_mask(codes_q3: torch.Tensor, codes_k3: torch.Tensor) -> BlockMask:
+    """Which blocks are visible, wholly or in part. Unlike torch's `create_block_mask` it never holds the mask of all
+    queries and keys, which for a row of 64k tokens would take 4 GiB."""
+    partial, full = _sort_blocks(codes_q3, codes_k3)
+    prompt_q, leaf_q, place_q = codes_q3.t().contiguous()
+    prompt_k, leaf_k, place_k = codes_k3.t().contiguous()
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        same_branch = (leaf_k[key] == -1) | (leaf_k[key] == leaf_q[query])
+        return (prompt_q[query] == prompt_k[key]) & same_branch & (place_k[key] <= place_q[query])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(partial), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(codes_q3), len(codes_k3))
+    )
+
+
+def _sort_blocks(codes_q3: torch.Tensor, codes_k3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [query blocks, key blocks] twice: visible in part, visible wholly. What stands over at the end of a row is
+    invisible, so a last block that is not whole is never visible wholly."""
+    key_blocks = -(-len(codes_k3) // BLOCK)
+    rows = max(1, MASK_ELEMENTS // (key_blocks * BLOCK * BLOCK)) * BLOCK
+    counts = []
+    for codes in codes_q3.split(rows):
+        query_blocks = -(-len(codes) // BLOCK)
+        mask = codes.new_zeros(query_blocks * BLOCK, key_blocks * BLOCK, dtype=torch.bool)
+        mask[: len(codes), : len(codes_k3)] = dense_mask(codes, codes_k3)
+        counts.append(mask.view(query_blocks, BLOCK, key_blocks, BLOCK).sum((1, 3), dtype=torch.int32))
+    count = torch.cat(counts)
+    full = count == BLOCK * BLOCK
+    return (count > 0) & ~full, full
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row of `blocks` are set, int32 [1, 1, rows], and which, those first, [1, 1, rows, columns]."""
+    order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]

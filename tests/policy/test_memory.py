@@ -1,0 +1,122 @@
+"""Sleeping gives memory up, and waking brings back every bit of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from small_models import make_model, some_trajectories
+
+from megatron_spice.policy.shelf import Shelf
+
+ON_RANKS = Path(__file__).with_name("memory_on_ranks.py")
+PRECISIONS = ("fp32", "bf16")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("qwen3") / "hf", "qwen3", tied=True)
+
+
+@pytest.fixture(scope="module")
+def results(model: Path) -> dict[tuple[str, str, int], list[dict]]:
+    """(precision, level, times asleep after each update) -> what each of two data-parallel ranks saw."""
+    keys = [(precision, level, sleeps) for precision in PRECISIONS for level, sleeps in
+            (("all", 0), ("all", 1), ("all", 2), ("gradients", 1))]  # fmt: skip
+    jobs = [
+        ("sleep_between_updates", {"model": model, "trajectories": some_trajectories(), "precision": precision,
+                                   "sleep": level, "sleeps": sleeps})
+        for precision, level, sleeps in keys
+    ]  # fmt: skip
+    return dict(zip(keys, zip(*run_ranks(2, ON_RANKS, "in_turn", jobs))))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("level, sleeps", [("all", 1), ("all", 2), ("gradients", 1)])
+def test_a_policy_that_slept_goes_on_as_if_it_had_not(results, precision, level, sleeps):
+    slept, through = results[precision, level, sleeps][0], results[precision, "all", 0][0]
+    assert len(slept["same"]) == 3 * 3 * sleeps and all(slept["same"])
+    for update, expected in zip(slept["updates"], through["updates"]):
+        assert update["policy/loss"] == expected["policy/loss"] and update["policy/grad_norm"] == expected["policy/grad_norm"]
+    for name, weight in through["weights"].items():
+        assert np.array_equal(slept["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_of_it_is_gone_while_asleep(results, precision):
+    for rank in results[precision, "all", 1]:
+        for (awake, kept, asleep), metrics in zip(rank["held"], rank["metrics"]):
+            assert all(awake.values())
+            assert kept == {"weights": awake["weights"], "gradients": 0, "state": 0}
+            assert asleep == {"weights": 0, "gradients": 0, "state": 0}
+            assert metrics["memory/slept_gib"] * GIB == awake["gradients"] + awake["state"]
+            assert metrics["memory/slept_weights_gib"] * GIB == awake["weights"]
+            assert {"memory/sleep_seconds", "memory/sleep_weights_seconds", "memory/wake_seconds"} <= metrics.keys()
+
+
+def test_gradients_alone_need_no_copies(results):
+    for awake, kept, asleep in results["bf16", "gradients", 1][0]["held"]:
+        assert kept == asleep == {**awake, "gradients": 0}
+
+
+def test_what_sleeps_is_not_used(model):
+    [said] = run_ranks(1, ON_RANKS, "in_turn", [("use_while_asleep", {"model": model, "trajectories": some_trajectories()})])[0]
+    assert len(said) == 3 and all("asleep" in words or "sleeping" in words for words in said)
+
+
+def test_host_copies_are_made_once_and_views_stay_valid():
+    shelf = Shelf(torch.device("cpu"))
+    whole = torch.randn(1000)
+    view, whole_before = whole[10:20].view(2, 5), whole.clone()
+    other = torch.arange(7, dtype=torch.bfloat16)
+    assert shelf.put([whole, view, other]) == 4000 + 14
+    assert whole.untyped_storage().nbytes() == view.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
+    copies = shelf._host.data_ptr()
+    shelf.take_back()
+    assert torch.equal(whole, whole_before) and torch.equal(view, whole_before[10:20].view(2, 5))
+    assert torch.equal(other, torch.arange(7, dtype=torch.bfloat16))
+    shelf.put([other])
+    assert shelf._host.data_ptr() == copies, "host memory is allocated once"
+    shelf.take_back()
+    shelf.take_back()
+    assert torch.equal(other, torch.arange(7, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("family, modules, again", [
+    ("qwen3", ["core_attn"], ["core_attention"]),
+    ("qwen3", ["core_attn", "mlp"], ["core_attention", "mlp"]),
+    ("qwen3_moe", ["moe"], []),
+])  # fmt: skip
+def test_selective_recomputation_changes_nothing(recomputations, family, modules, again):
+    plain, selective = recomputations[family, ()], recomputations[family, tuple(modules)]
+    assert selective["update"]["policy/grad_norm"] == pytest.approx(plain["update"]["policy/grad_norm"], rel=1e-6)
+    for name, weight in plain["weights"].items():
+        np.testing.assert_allclose(selective["weights"][name], weight, atol=1e-6, err_msg=name)
+    for kind, times in plain["runs"].items():
+        assert selective["runs"][kind] == times * (2 if kind in again else 1), kind
+
+
+@pytest.fixture(scope="module")
+def recomputations(model, tmp_path_factory):
+    mixture = make_model(tmp_path_factory.mktemp("qwen3_moe") / "hf", "qwen3_moe", tied=False)
+    jobs = {
+        (family, modules): ("recomputed", {
+            "model": folder, "trajectories": some_trajectories(),
+            **({"recompute": "selective", "recompute_modules": list(modules)} if modules else {}),
+        })
+        for family, folder, choices in [
+            ("qwen3", model, [(), ("core_attn",), ("core_attn", "mlp")]), ("qwen3_moe", mixture, [(), ("moe",)]),
+        ]
+        for modules in choices
+    }  # fmt: skip
+    return dict(zip(jobs, run_ranks(1, ON_RANKS, "in_turn", list(jobs.values()))[0]))
+
+
+def test_norms_are_recomputed_only_with_transformer_engine(model):
+    job = {"model": model, "trajectories": [], "recompute": "selective", "recompute_modules": ["layernorm"]}
+    with pytest.raises(AssertionError, match="layernorm, which needs Transformer Engine"):
+        run_ranks(1, ON_RANKS, "in_turn", [("recomputed", job)])
