@@ -140,7 +140,9 @@ class PolicyConfig(Room):
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         None, description="Bounds the loss of a negative advantage at this multiple of it; None: off."
     )
-    entropy_bonus: float = Field(0.0, ge=0, description="Times the mean entropy is added to the objective; 0: off.")
+    entropy_bonus: float = Field(
+        0.0, ge=0, description="So much of every token's entropy is added to its share of the objective; 0: off."
+    )
     role_weights: RoleWeightsConfig = Field(RoleWeightsConfig(), description="Factor of each role's trajectories in the loss.")
     loss_length: PositiveInt | None = Field(
         None, description="L_max, the constant that DrGRPO divides token sums by; None: the larger of the roles' limits."
@@ -150,7 +152,7 @@ class PolicyConfig(Room):
     )
     tokens_per_microbatch: PositiveInt = Field(8192, description="Token budget of one packed row.")
     shared_prefix: bool = Field(True, description="Compute a group's common prompt once.")
-    logprob_chunk: PositiveInt = Field(1024, description="Tokens whose vocabulary row exists at a time.")
+    logprob_chunk: PositiveInt = Field(1024, description="No more logits exist at a time than so many tokens have.")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="`full`: keep only layer inputs and recompute the rest; `selective`: recompute `recompute_modules`."
     )

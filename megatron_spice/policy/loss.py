@@ -47,11 +47,6 @@ class LossSettings:
             reasoner_weight=config.role_weights.reasoner,
         )
 
-    @property
-    def needs_all(self) -> bool:
-        """Entropies have a gradient, and with them trajectories without an advantage: none may be left out."""
-        return self.entropy_bonus > 0.0
-
 
 def row_loss(
     logprobs_c: torch.Tensor, entropy_c: torch.Tensor, row: RowTensors, settings: LossSettings

@@ -222,7 +222,8 @@ class Policy:
 
     def _counts(self, trajectory: Trajectory) -> bool:
         """Whether the trajectory can have a gradient."""
-        return bool(trajectory.completion_ids) and (trajectory.advantage != 0 or self.config.entropy_bonus > 0)
+        weight = getattr(self.config.role_weights, trajectory.role)
+        return bool(trajectory.completion_ids) and weight > 0 and (trajectory.advantage != 0 or self.config.entropy_bonus > 0)
 
     def _plan(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
         """The rows of one step for every data-parallel rank, each trajectory with its factor 1 / (M L_max) in the loss."""

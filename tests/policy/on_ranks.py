@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ def in_layouts(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each job builds a policy and does what the job asks: scores, a few updates, gathered weights, save or load.
 
     A job: {"model": folder, "overrides": {room: {key: value}}, "trajectories": [...], "updates": n, "score": ids,
-    "gather": bool, "save": folder, "load": folder, "sequences": bool (attention by sequence lengths)}.
+    "gather": bool, "save": folder, "load": folder, "sequences": bool (attention by sequence lengths),
+    "audit": bool}.
     """
     from megatron_spice.cluster import distributed, platform, topology
 
@@ -68,6 +68,8 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
         result["weights"] = {
             name: tensor.clone().numpy() for bucket in policy.hf_buckets() for name, tensor in bucket.items()
         }
+    if job.get("audit"):
+        result["audit"] = policy.audit_lines()
     if job.get("updates_after"):
         result["updates"] += [policy.update(job["trajectories"]) for _ in range(job["updates_after"])]
     return result
@@ -94,23 +96,3 @@ def _sequence_attention() -> type:
             return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
 
     return SequenceAttention
-
-
-def tensor_parallel_logprobs(hidden: Any, weight: Any, labels: Any, vocab_size: int, temperature: float) -> Any:
-    """Log-probs, entropies and gradients of a vocabulary split over the ranks; the gradient of this rank's rows."""
-    import torch.distributed as dist
-
-    from megatron_spice.policy.logprobs import token_logprobs
-
-    dist.init_process_group("gloo")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rows = weight.shape[0] // size
-    hidden = hidden.clone().requires_grad_()
-    mine = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
-    logprobs, entropies = token_logprobs(
-        hidden, mine, labels, temperature=temperature, chunk=3, vocab_start=rank * rows, vocab_size=vocab_size,
-        group=dist.group.WORLD,
-    )  # fmt: skip
-    (logprobs * torch.arange(1.0, len(labels) + 1)).sum().backward()
-    dist.destroy_process_group()
-    return logprobs.detach(), entropies, hidden.grad, mine.grad

@@ -117,10 +117,10 @@ def _only(row, index: int):
 
 def test_settings_of_a_recipe():
     plain = LossSettings.of(PolicyConfig(model="m"), several_steps=True)
-    assert plain == LossSettings(0.2, None) and not plain.needs_all
+    assert plain == LossSettings(0.2, None)
     recipe = PolicyConfig(
         model="m", clip_ratio=0.1, dual_clip=3.0, importance_cap=2.0, entropy_bonus=0.01, role_weights={"challenger": 0.5}
     )
     several = LossSettings.of(recipe, several_steps=True)
-    assert several == LossSettings(0.1, 2.0, 3.0, 0.01, 0.5, 1.0) and several.needs_all
+    assert several == LossSettings(0.1, 2.0, 3.0, 0.01, 0.5, 1.0)
     assert LossSettings.of(recipe, several_steps=False) == LossSettings(None, 2.0, None, 0.01, 0.5, 1.0)

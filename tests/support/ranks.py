@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def run_ranks(world_size: int, file: str | Path, function: str, *arguments: Any,
 
     Raises:
         AssertionError: a rank failed; with its output.
+        TimeoutError: they take longer than `timeout` seconds.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,15 +41,27 @@ def run_ranks(world_size: int, file: str | Path, function: str, *arguments: Any,
                 subprocess.Popen([sys.executable, __file__, str(request), folder], env=environment, stdout=log, stderr=log)
             )
         try:
-            codes = [process.wait(timeout) for process in processes]
+            codes = _wait(processes, timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
         logs = [(Path(folder) / f"log{rank}").read_text() for rank in range(world_size)]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        assert not failed, "\n".join(f"rank {rank}:\n{logs[rank][-4000:]}" for rank in failed)
+        failed = [rank for rank, code in enumerate(codes) if code != 0]
+        assert not failed, "\n".join(f"rank {rank} (exit code {codes[rank]}):\n{logs[rank][-4000:]}" for rank in failed)
         return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(processes: list[subprocess.Popen], timeout: float) -> list[int | None]:
+    """The exit codes. A rank that fails ends the wait: the others would sit in a collective until it times out."""
+    end = time.monotonic() + timeout
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return codes
+        if time.monotonic() > end:
+            raise TimeoutError(f"ranks {[rank for rank, code in enumerate(codes) if code is None]} still run after {timeout} s")
+        time.sleep(0.05)
 
 
 def _main(request: str, folder: str) -> None:
