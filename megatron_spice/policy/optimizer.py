@@ -21,8 +21,13 @@ from megatron_spice.policy.precision import DTYPES, optimizer_settings
 if TYPE_CHECKING:
     from megatron_spice.policy.model import PolicyModel
 
-# Optimiser state is saved in a form that loads into any layout, under the parameters' own names.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# Optimiser state is saved in a form that loads into any layout, under the parameters' own names. It is gathered in host
+# memory by one rank of a data-parallel group: on the device and by all, it would be several times the model.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def wrap(chunks: Sequence[PolicyModel], config: PolicyConfig) -> list[DistributedDataParallel]:

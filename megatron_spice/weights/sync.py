@@ -2,8 +2,9 @@
 
 Order, for every engine this rank hosts: open a weight-update session, send each bucket as it is gathered, close the
 session with the new version, and read the version back. Every name of the table must have been sent. With verification
-on, a fixed text is then scored by both sides, the policy first, whose weights may sleep by then: a converter bug or a bucket changed on its way shows as log-probabilities
-that differ, before a single rollout is wasted on it.
+on, a fixed text is then scored by both sides (the policy first: its weights may sleep by the time the engines can): a
+converter bug or a bucket changed on its way shows as log-probabilities that differ, before a single rollout is wasted
+on it.
 """
 
 from __future__ import annotations

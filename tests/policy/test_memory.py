@@ -23,6 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("qwen3_moe") / "hf", "qwen3_moe", tied=False)
+
+
+@pytest.fixture(scope="module")
 def results(model: Path) -> dict[tuple[str, str, int], list[dict]]:
     """(precision, level, times asleep after each update) -> what each of two data-parallel ranks saw."""
     keys = [(precision, level, sleeps) for precision in PRECISIONS for level, sleeps in
@@ -58,13 +63,26 @@ def test_all_of_it_is_gone_while_asleep(results, precision):
             assert {"memory/sleep_seconds", "memory/sleep_weights_seconds", "memory/wake_seconds"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("layout", [
+    {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
+    {"expert_parallel_size": 2},
+], ids=["several_chunks", "expert_buffers"])  # fmt: skip
+def test_every_chunk_and_the_experts_sleep_too(mixture, layout):
+    job = {"model": mixture, "trajectories": some_trajectories(), "precision": "bf16", "sleep": "all", **layout}
+    through, slept = run_ranks(2, ON_RANKS, "in_turn", [("sleep_between_updates", {**job, "sleeps": n}) for n in (0, 1)])[0]
+    assert all(slept["same"]) and not any(sum(asleep.values()) for _, _, asleep in slept["held"])
+    for name, weight in through["weights"].items():
+        assert np.array_equal(slept["weights"][name], weight), name
+
+
 def test_gradients_alone_need_no_copies(results):
     for awake, kept, asleep in results["bf16", "gradients", 1][0]["held"]:
         assert kept == asleep == {**awake, "gradients": 0}
 
 
 def test_what_sleeps_is_not_used(model):
-    [said] = run_ranks(1, ON_RANKS, "in_turn", [("use_while_asleep", {"model": model, "trajectories": some_trajectories()})])[0]
+    job = {"model": model, "trajectories": some_trajectories()}
+    [said] = run_ranks(1, ON_RANKS, "in_turn", [("use_while_asleep", job)])[0]
     assert len(said) == 3 and all("asleep" in words or "sleeping" in words for words in said)
 
 
@@ -101,8 +119,7 @@ def test_selective_recomputation_changes_nothing(recomputations, family, modules
 
 
 @pytest.fixture(scope="module")
-def recomputations(model, tmp_path_factory):
-    mixture = make_model(tmp_path_factory.mktemp("qwen3_moe") / "hf", "qwen3_moe", tied=False)
+def recomputations(model, mixture):
     jobs = {
         (family, modules): ("recomputed", {
             "model": folder, "trajectories": some_trajectories(),

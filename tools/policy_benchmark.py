@@ -1,0 +1,187 @@
+"""One rank of `tools/benchmark.py policy`: builds the policy in a layout and precision, and times its updates.
+
+Times are alternated in one process where two things are compared, because the machine may have other work: first theirs,
+then ours, then theirs again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Layer stacks by name: Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
+STACKS = {
+    "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
+    "3b": {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24},
+    "8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
+}
+THEIR_BATCHES = (4, 8, 16, 32)
+
+
+def run_rank(job: dict[str, Any], result: Path) -> None:
+    """Measures one job on this rank (torchrun's variables are set); rank 0 writes the result as JSON."""
+    from megatron_spice.cluster import distributed, platform, topology
+
+    here = topology.from_environment(platform.prepare(job["device"]))
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    with distributed.process_group(here, 600):
+        measured = _measure(job, here)
+    if here.is_first:
+        result.write_text(json.dumps(measured))
+
+
+def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_spice.config.hf import ModelArchitecture, read_architecture
+    from megatron_spice.policy.flops import update_flops
+    from megatron_spice.policy.packing import num_tokens, num_unshared_tokens, plan_rows
+    from megatron_spice.policy.policy import Policy
+
+    stack = job["model"] in STACKS
+    if stack:
+        architecture = ModelArchitecture.from_config(_stack(job["model"], job["layers"]), job["model"])
+    else:
+        architecture = read_architecture(Path(job["model"]))
+    trajectories = make_trajectories(job, architecture.vocab_size)
+    policy = Policy(_config(job), architecture, here)
+    if not stack:
+        policy.load_hf(Path(job["model"]))
+
+    def update() -> float:
+        return policy.update(trajectories)["policy/grad_norm"]
+
+    others = {"ours": update}
+    if job["against"] == "transformers":
+        others["transformers"] = _fastest(job, trajectories)
+    update()  # warm: allocations, compiled kernels
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+    for _ in range(job["steps"]):
+        for name, step in reversed(others.items()):
+            dist.barrier()
+            seconds[name].append(_timed(step, policy.device))
+    [rows] = plan_rows(trajectories, job["row_tokens"], 1, job["shared"])
+    computed = sum(map(num_tokens, rows))
+    ours = statistics.median(seconds["ours"])
+    ceiling = torch.tensor(_ceiling(architecture, policy.device, computed), dtype=torch.float64)
+    dist.all_reduce(ceiling)
+    peak = torch.tensor(_peak_gib(policy.device), dtype=torch.float64)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    flops = update_flops(architecture, rows)
+    return {
+        "layout": policy.layout.describe(), "precision": job["precision"], "seconds": seconds["ours"],
+        "tokens": sum(map(num_unshared_tokens, rows)), "computed_tokens": computed, "rows": len(rows),
+        "tokens_per_second": sum(map(num_unshared_tokens, rows)) / ours, "tflops": flops / ours / 1e12,
+        "ceiling_tflops": ceiling.item(), "share_of_ceiling": flops / ours / 1e12 / ceiling.item(),
+        "peak_gib": peak.item(), "their_seconds": seconds.get("transformers"),
+        "ratio": statistics.median(seconds["transformers"]) / ours if "transformers" in seconds else None,
+    }  # fmt: skip
+
+
+def make_trajectories(job: dict[str, Any], vocab_size: int) -> list[Any]:
+    """Groups of equal prompts with random tokens; advantages sum to zero in each group and none is zero."""
+    from megatron_spice.game.records import Trajectory
+
+    rng = random.Random(job["seed"])
+    found = []
+    for group in range(job["groups"]):
+        prompt = tuple(rng.randrange(vocab_size) for _ in range(job["prompt"]))
+        for member in range(job["group_size"]):
+            completion = tuple(rng.randrange(vocab_size) for _ in range(job["completion"]))
+            advantage = 1.0 if member % 2 else -1.0
+            found.append(Trajectory("reasoner", prompt, completion, (-1.0,) * len(completion), advantage, reward=0.0))
+    return found
+
+
+def _config(job: dict[str, Any]) -> Any:
+    from megatron_spice.config.schema import Config
+
+    policy = {"precision": job["precision"], "shared_prefix": job["shared"], "tokens_per_microbatch": job["row_tokens"]}
+    return Config.model_validate({
+        "run": {"dir": "unused"}, "corpus": {"path": "unused"}, "cluster": {"device": job["device"]},
+        "game": {"challenger_max_tokens": job["completion"], "reasoner_max_tokens": job["completion"]},
+        "policy": {"model": job["model"], **policy, **job["settings"]},
+    })  # fmt: skip
+
+
+def _stack(name: str, layers: int | None) -> dict[str, Any]:
+    shape = dict(STACKS[name], num_hidden_layers=layers or STACKS[name]["num_hidden_layers"])
+    return {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128 if name != "1b" else 64, "vocab_size": 128256,
+            "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **shape}  # fmt: skip
+
+
+def _timed(step: Callable[[], float], device: Any) -> float:
+    import torch
+
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _fastest(job: dict[str, Any], trajectories: Sequence[Any]) -> Callable[[], float]:
+    """A plain update with transformers and torch's AdamW on the same tokens, at the batch size that is fastest here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if job["precision"] == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    scale = 1.0 / (len(trajectories) * job["completion"])
+
+    def step(batch: int) -> float:
+        for start in range(0, len(trajectories), batch):
+            part = trajectories[start : start + batch]
+            ids = torch.tensor([t.prompt_ids + t.completion_ids for t in part])
+            count = job["completion"]
+            # Given its due: logits only where a completion token is predicted.
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[:, :-1]
+            logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, -count:, None])[..., 0]
+            ratio = (logprobs - logprobs.detach()).exp()
+            loss = -(ratio * torch.tensor([t.advantage for t in part])[:, None]).sum() * scale
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.item()
+
+    batches = [batch for batch in THEIR_BATCHES if batch <= len(trajectories)] or [len(trajectories)]
+    step(batches[0])
+    times = {batch: _timed(lambda batch=batch: step(batch), torch.device("cpu")) for batch in batches}
+    best = min(times, key=times.__getitem__)
+    return lambda: step(best)
+
+
+def _ceiling(architecture: Any, device: Any, tokens: int) -> float:
+    """TFLOP/s of the model's largest product, bfloat16, on this rank: the best of several, while the others do the same."""
+    import torch
+
+    rows = min(tokens, 4096)
+    x = torch.randn(rows, architecture.hidden_size, device=device).bfloat16()
+    weight = torch.randn(2 * architecture.ffn_hidden_size, architecture.hidden_size, device=device).bfloat16()
+    best = min(_timed(lambda: (x @ weight.t())[0, 0].item(), device) for _ in range(10))
+    return 2.0 * x.numel() * weight.shape[0] / best / 1e12
+
+
+def _peak_gib(device: Any) -> float:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def temporary_result() -> Path:
+    """A path for a rank's result."""
+    return Path(tempfile.mkdtemp(prefix="spice-benchmark-")) / "result.json"
