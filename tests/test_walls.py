@@ -38,6 +38,7 @@ BESIDE = {
     ("corpus", "config"),
     ("corpus", "game"),  # the records that flow: passages, prompts
     ("tools", "policy"),
+    ("tools", "machine"),  # benchmarks say on what they ran
     ("doctor", "machine"),
     ("plan", "machine"),
 }

@@ -20,7 +20,7 @@ def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
     Raises:
         ConfigError: it cannot run; the message holds everything that is in the way.
     """
-    problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config)
+    problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config) + check_offload(config)
     architecture = None
     try:
         architecture = read_architecture(config.policy.model)
@@ -55,6 +55,18 @@ def check_paths(config: Config) -> list[str]:
             "`.venv/bin/python -m pip install wandb`, or telemetry.wandb_project=null"
         )
     return problems
+
+
+def check_offload(config: Config) -> list[str]:
+    """Whether there is something to offload, and a place to offload it from."""
+    share, policy = config.policy.optimizer_offload, config.policy
+    if not share:
+        return []
+    if config.cluster.device == "cpu":
+        return [f"policy.optimizer_offload={share} moves the optimiser off a GPU and cluster.device=cpu has none; give 0"]
+    if policy.precision == "fp32":
+        return [f"policy.optimizer_offload={share} needs float32 masters of 16-bit weights; give policy.precision=bf16 or fp8, or 0"]
+    return []
 
 
 def check_layout(config: Config, num_nodes: int) -> list[str]:

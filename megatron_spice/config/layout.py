@@ -115,6 +115,7 @@ def layout_problems(config: PolicyConfig, architecture: ModelArchitecture, world
         *_pipeline_problems(config, architecture),
         *_expert_problems(config, architecture, world_size),
         *_fp8_problems(config, architecture),
+        *_recompute_problems(config, architecture),
     ]
 
 
@@ -220,6 +221,23 @@ def _fp8_problems(config: PolicyConfig, architecture: ModelArchitecture) -> list
             "policy.fp8.recipe=delayed scales all layers together and cannot leave some in bf16; give first_layers_bf16=0 and "
             "last_layers_bf16=0, or recipe=blockwise"
         )
+    return problems
+
+
+def _recompute_problems(config: PolicyConfig, architecture: ModelArchitecture) -> list[str]:
+    """Modules that Megatron would silently not recompute, or could not."""
+    if config.recompute != "selective":
+        return []
+    dense = architecture.num_experts is None
+    problems = []
+    for module in config.recompute_modules:
+        if (module == "moe" and dense) or (module == "mlp" and not dense):
+            other = "mlp" if dense else "moe"
+            problems.append(f"policy.recompute_modules={module} is not in a {architecture.family} model; give {other} instead")
+        if module == "layernorm" and dense:
+            problems.append("policy.recompute_modules=layernorm is for mixtures of experts: a dense layer's norms are fused; leave it out")
+    if "layernorm" in config.recompute_modules and config.precision == "fp8" and config.fp8.recipe == "delayed":
+        problems.append("policy.recompute_modules=layernorm does not go with policy.fp8.recipe=delayed; leave one of them out")
     return problems
 
 

@@ -44,7 +44,7 @@ class RoleBaselines:
         baselines = means | self._means
         for role, mean in means.items():
             self._means[role] = self.decay * baselines[role] + (1.0 - self.decay) * mean
-        return [replace(t, advantage=t.reward - baselines[t.role]) for t in trajectories]
+        return [replace(t, advantage=_difference(t.reward, baselines[t.role])) for t in trajectories]
 
     def state_dict(self) -> dict[str, float]:
         """Baselines by role; a role not seen yet has none."""
@@ -55,3 +55,9 @@ class RoleBaselines:
         if unknown := set(state) - set(get_args(Role)):
             raise ValueError(f"baselines of {sorted(unknown)}; the roles are {list(get_args(Role))}")
         self._means = {role: float(mean) for role, mean in state.items()}
+
+
+def _difference(reward: float, baseline: float) -> float:
+    """Exactly zero where rounding is all that is left: a trajectory without an advantage is not computed."""
+    difference = reward - baseline
+    return 0.0 if abs(difference) < 1e-9 else difference

@@ -58,7 +58,7 @@ def server_settings(
     server = {
         "model_path": str(model),
         "load_format": load_format,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision],
+        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[precision],  # weights are kept in bfloat16
         "host": "127.0.0.1",
         "port": port,
         "nccl_port": rendezvous_port,

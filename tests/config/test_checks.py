@@ -38,6 +38,8 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
             ["policy.pipeline_parallel_size=3"],
             ["policy.pipeline_parallel_size=3", "= 3 does not divide the 2 ranks", "cluster.ranks_per_node=2", "[1, 2]"],
         ),
+        (["policy.optimizer_offload=0.5", "cluster.device=cpu"], ["policy.optimizer_offload=0.5", "give 0"]),
+        (["policy.optimizer_offload=1", "policy.precision=fp32"], ["policy.optimizer_offload=1.0", "policy.precision=bf16"]),
         (["policy.tensor_parallel_size=2"], ["policy.tensor_parallel_size=2", "num_attention_heads=9", "[1, 3]"]),
         (
             ["policy.pipeline_parallel_size=32", "cluster.ranks_per_node=32"],

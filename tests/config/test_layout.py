@@ -153,3 +153,21 @@ def test_divisors(number):
     found = divisors(number)
     assert found == sorted(set(found)) and all(number % divisor == 0 for divisor in found)
     assert {number // divisor for divisor in found} == set(found) and len(found) <= 2 * math.isqrt(number)
+
+
+# -- recomputation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modules, model, named", [
+    (["moe"], DENSE, "give mlp"), (["core_attn", "mlp"], MIXTURE, "give moe"), (["layernorm"], DENSE, "layernorm"),
+    (["core_attn", "mlp"], DENSE, None), (["moe", "layernorm"], MIXTURE, None),
+])  # fmt: skip
+def test_modules_that_would_not_be_recomputed_are_refused(modules, model, named):
+    problems = layout_problems(policy(recompute="selective", recompute_modules=modules), architecture(model), 1)
+    assert (problems == []) if named is None else (len(problems) == 1 and named in problems[0])
+
+
+def test_layers_kept_out_of_fp8_fit_a_stage():
+    config = degrees(pipeline=3, precision="fp8", fp8={"first_layers_bf16": 3})
+    [problem] = layout_problems(config, architecture(), 3)
+    assert "first_layers_bf16=3" in problem and "2 layers" in problem

@@ -70,3 +70,9 @@ def test_the_baseline_is_a_mean_of_iteration_means(rewards, decay):
         if mine := [reward for role, reward in iteration if role == "reasoner"]:
             expected = fmean(mine) if expected is None else decay * expected + (1 - decay) * fmean(mine)
     assert baselines.state_dict().get("reasoner") == (None if expected is None else pytest.approx(expected, abs=1e-12))
+
+
+def test_equal_rewards_have_no_advantage_left_over_from_rounding():
+    baselines = RoleBaselines(0.9)
+    for _ in range(20):
+        assert _advantages(baselines, *[("reasoner", 0.1)] * 3) == [0.0] * 3
