@@ -9,6 +9,8 @@ the numbers. On a machine without CUDA those few names are redirected, once, as 
     device="cuda" in any torch call     -> device="cpu"; Tensor.cuda() is the tensor itself
     Tensor.type()                       -> "torch.cuda.*Tensor": the distributed optimizer compares the name
     Megatron's own pair of functions for CUDA's random state, which ask the driver -> the CPU generator's
+    Megatron's sums and gathers over data-parallel ranks -> nothing in a group of one, where gloo would copy buffers onto
+    themselves
     Megatron's experts: a name that only Transformer Engine brings -> None; split sizes become numbers on CPU too
 
 On CUDA nothing is touched. The stand-ins for Triton and SGLang's kernels are in `stubs/`; only packages that cannot be
@@ -61,6 +63,7 @@ def prepare(device: str = "auto") -> str:
         _redirect = _redirect_cuda()
         _redirect_megatron_rng()
         _redirect_megatron_experts()
+        _redirect_megatron_collectives()
     return "cpu"
 
 
@@ -179,3 +182,19 @@ def _redirect_megatron_experts() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = as_numbers
+
+
+def _redirect_megatron_collectives() -> None:
+    """Gradients and weights are divided over data-parallel ranks and gathered again. One rank has them where they are."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def unless_alone(collective: Any) -> Any:
+        def call(output: Any, input: Any, **settings: Any) -> Any:
+            if settings["group"].size() == 1 and output.data_ptr() == input.data_ptr():
+                return None
+            return collective(output, input, **settings)
+
+        return call
+
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)

@@ -13,7 +13,8 @@ Shapes: q query tokens, k key tokens, m keys that a tile sees.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -85,14 +86,13 @@ def _cut(codes_q3: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _runs(codes_q3: torch.Tensor) -> Iterator[tuple[tuple[int, bool], int]]:
-    """Runs of equal (prompt, completion), each as ((prompt, is a completion), length); padding is one run."""
+    """Runs of tokens as ((prompt, is one of several completions), length); a prompt and its only completion are one run, and
+    so is padding."""
     names = [(max(prompt, -1), leaf) for prompt, leaf in codes_q3[:, :2].tolist()]
-    start = 0
-    for index in range(1, len(names) + 1):
-        if index == len(names) or names[index] != names[start]:
-            prompt, leaf = names[start]
-            yield (prompt, leaf >= 0), index - start
-            start = index
+    completions = Counter(prompt for prompt, leaf in set(names) if leaf >= 0)
+    names = [(prompt, leaf if completions[prompt] > 1 else -1) for prompt, leaf in names]
+    for (prompt, leaf), run in itertools.groupby(names):
+        yield (prompt, leaf >= 0), sum(1 for _ in run)
 
 
 class RowCache(Generic[Value]):
