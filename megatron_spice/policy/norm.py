@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_spice.policy.norm_kernel import rms_norm
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis of any shape; arguments as Megatron's specs give them."""
@@ -17,3 +19,6 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
