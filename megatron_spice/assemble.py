@@ -108,12 +108,16 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         pool.launch()
     policy = Policy(config, read_architecture(config.policy.model), topology)
     stack.callback(policy.close)
+    compares = config.policy.kl_coefficient is not None
+    if not resume or compares:
+        if checkpoints.is_megatron(config.policy.model):
+            load_tensors(policy, config.policy.model, with_optimizer=False)
+        else:
+            policy.load_hf(config.policy.model)
+    if compares:
+        policy.keep_reference()
     if resume:
         load_tensors(policy, resume, with_optimizer=True)
-    elif checkpoints.is_megatron(config.policy.model):
-        load_tensors(policy, config.policy.model, with_optimizer=False)
-    else:
-        policy.load_hf(config.policy.model)
     policy.sleep(keep_weights=False)
     dist.barrier()
     pool.start()

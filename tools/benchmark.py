@@ -3,6 +3,7 @@
 
     python tools/benchmark.py policy --model assets/smollm2-135m-instruct --precision bf16,fp8
     python tools/benchmark.py policy --model assets/smollm2-135m-instruct --unshared --against transformers
+    python tools/benchmark.py policy --model assets/smollm2-135m-instruct --against unshared --prompt 7500,200
     python tools/benchmark.py policy --model 8b --layers 4 --precision bf16,fp8 --layouts "tp=1"
 
 `policy` times updates (forward, backward, optimiser) of groups of equal prompts, by layout and precision. A layout is a
@@ -118,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--layouts", default="tp=1", help="such as 'tp=1;pp=2;tp=2,cp=2' (default one rank)")
     policy.add_argument("--groups", type=_positive, default=4)
     policy.add_argument("--group-size", type=_positive, default=8)
-    policy.add_argument("--prompt", type=_positive, default=160, help="tokens of a group's prompt")
+    policy.add_argument(
+        "--prompt", type=_several, default=[160], metavar="N[,N...]", help="tokens of a group's prompt; several: in turn"
+    )
     policy.add_argument("--completion", type=_positive, default=32, help="tokens of each completion")
     policy.add_argument("--unshared", action="store_true", help="compute each prompt as often as it has completions")
     policy.add_argument("--row-tokens", type=_positive, default=3072, help="policy.tokens_per_microbatch")
@@ -126,7 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--steps", type=_positive, default=3, help="timed updates; their median is reported")
     policy.add_argument("--threads", type=_positive, help="CPU threads of a rank (default: the cores shared out)")
     policy.add_argument("--seed", type=int, default=0)
-    policy.add_argument("--against", choices=["transformers"], help="alternate with a plain transformers update, one rank")
+    policy.add_argument(
+        "--against", choices=["transformers", "unshared"],
+        help="alternate with a plain transformers update (one rank), or with ours computing every prompt for every completion",
+    )
+    policy.add_argument("--no-warm-up", action="store_true", help="time the first updates too, where one takes minutes")
     policy.add_argument("--output", type=Path, help="folder for the results as JSON and text")
     policy.add_argument("--name", default="policy", help="name of the files in it")
     rank = suites.add_parser("policy-rank", help=argparse.SUPPRESS)
@@ -141,11 +148,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _several(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
 def _jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One for each layout and precision; ends with exit code 2 where the options do not fit each other."""
     if options.model not in STACKS and not (Path(options.model) / "config.json").is_file():
         sys.exit(f"benchmark.py: --model {options.model} is no Hugging Face folder and none of {', '.join(STACKS)}")
-    if options.against and options.model in STACKS:
+    if options.against == "unshared" and options.unshared:
+        sys.exit("benchmark.py: --against unshared compares with itself when --unshared is given: leave one of them out")
+    if options.against == "transformers" and options.model in STACKS:
         sys.exit("benchmark.py: --against transformers needs a Hugging Face folder as --model")
     device, jobs = machine.device("auto"), []
     for layout in options.layouts.split(";"):
@@ -153,7 +166,7 @@ def _jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
             ranks, settings = parse_layout(layout)
         except ValueError as error:
             sys.exit(f"benchmark.py: {error}")
-        if options.against and ranks > 1:
+        if options.against == "transformers" and ranks > 1:
             sys.exit(f"benchmark.py: --against transformers compares one rank, the layout {layout!r} has {ranks}")
         for precision in options.precision.split(","):
             if precision not in ("fp32", "bf16", "fp8"):
@@ -161,9 +174,10 @@ def _jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
             jobs.append({
                 "layout": layout.strip(), "ranks": ranks, "settings": settings | {"recompute": options.recompute},
                 "precision": precision, "device": device, "shared": not options.unshared, "row_tokens": options.row_tokens,
+                "warm_up": not options.no_warm_up, "prompts": options.prompt,
                 "threads": options.threads or max(1, machine.usable_cores() // ranks),
                 **{key: getattr(options, key) for key in (
-                    "model", "layers", "groups", "group_size", "prompt", "completion", "steps", "seed", "against",
+                    "model", "layers", "groups", "group_size", "completion", "steps", "seed", "against",
                 )},
             })  # fmt: skip
     return jobs

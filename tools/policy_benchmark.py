@@ -1,7 +1,7 @@
 """One rank of `tools/benchmark.py policy`: builds the policy in a layout and precision, and times its updates.
 
 Times are alternated in one process where two things are compared, because the machine may have other work: first theirs,
-then ours, then theirs again.
+then ours, then theirs again. The gradient norms of their first updates say whether both computed the same.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Layer stacks by name: Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
+# Layer stacks by name: SmolLM2 135M, Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
 STACKS = {
+    "135m": {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9},
     "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
     "3b": {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24},
     "8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
@@ -58,18 +59,22 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
     if not stack:
         policy.load_hf(Path(job["model"]))
 
-    def update() -> float:
-        return policy.update(trajectories)["policy/grad_norm"]
-
-    others = {"ours": update}
+    contestants = {"ours": lambda: policy.update(trajectories)["policy/grad_norm"]}
     if job["against"] == "transformers":
-        others["transformers"] = _fastest(job, trajectories)
-    update()  # warm: allocations, compiled kernels
-    seconds: dict[str, list[float]] = {name: [] for name in others}
+        contestants["theirs"] = _fastest(job, trajectories)
+    elif job["against"] == "unshared":
+        unshared = _unshared(job, policy, architecture, here)
+        contestants["theirs"] = lambda: unshared.update(trajectories)["policy/grad_norm"]
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    norms: dict[str, float] = {}
+    for name, step in contestants.items() if job["warm_up"] else ():
+        norms[name] = step()  # allocations, compiled kernels
     for _ in range(job["steps"]):
-        for name, step in reversed(others.items()):
+        for name, step in reversed(contestants.items()):
             dist.barrier()
-            seconds[name].append(_timed(step, policy.device))
+            took, norm = _timed(step, policy.device)
+            seconds[name].append(took)
+            norms.setdefault(name, norm)
     [rows] = plan_rows(trajectories, job["row_tokens"], 1, job["shared"])
     computed = sum(map(num_tokens, rows))
     ours = statistics.median(seconds["ours"])
@@ -83,19 +88,20 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
         "tokens": sum(map(num_unshared_tokens, rows)), "computed_tokens": computed, "rows": len(rows),
         "tokens_per_second": sum(map(num_unshared_tokens, rows)) / ours, "tflops": flops / ours / 1e12,
         "ceiling_tflops": ceiling.item(), "share_of_ceiling": flops / ours / 1e12 / ceiling.item(),
-        "peak_gib": peak.item(), "their_seconds": seconds.get("transformers"),
-        "ratio": statistics.median(seconds["transformers"]) / ours if "transformers" in seconds else None,
+        "peak_gib": peak.item(), "their_seconds": seconds.get("theirs"), "first_gradient_norms": norms,
+        "ratio": statistics.median(seconds["theirs"]) / ours if "theirs" in seconds else None,
     }  # fmt: skip
 
 
 def make_trajectories(job: dict[str, Any], vocab_size: int) -> list[Any]:
-    """Groups of equal prompts with random tokens; advantages sum to zero in each group and none is zero."""
+    """Groups of equal prompts with random tokens, prompts of the job's lengths in turn; advantages sum to zero in each group
+    and none is zero."""
     from megatron_spice.game.records import Trajectory
 
     rng = random.Random(job["seed"])
     found = []
     for group in range(job["groups"]):
-        prompt = tuple(rng.randrange(vocab_size) for _ in range(job["prompt"]))
+        prompt = tuple(rng.randrange(vocab_size) for _ in range(job["prompts"][group % len(job["prompts"])]))
         for member in range(job["group_size"]):
             completion = tuple(rng.randrange(vocab_size) for _ in range(job["completion"]))
             advantage = 1.0 if member % 2 else -1.0
@@ -115,19 +121,38 @@ def _config(job: dict[str, Any]) -> Any:
 
 
 def _stack(name: str, layers: int | None) -> dict[str, Any]:
+    small = name == "135m"
     shape = dict(STACKS[name], num_hidden_layers=layers or STACKS[name]["num_hidden_layers"])
-    return {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128 if name != "1b" else 64, "vocab_size": 128256,
-            "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **shape}  # fmt: skip
+    return {
+        "model_type": "llama", "num_key_value_heads": 3 if small else 8, "head_dim": 128 if name in ("3b", "8b") else 64,
+        "vocab_size": 49152 if small else 128256, "tie_word_embeddings": small, "max_position_embeddings": 131072,
+        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **shape,
+    }  # fmt: skip
 
 
-def _timed(step: Callable[[], float], device: Any) -> float:
+def _timed(step: Callable[[], float], device: Any) -> tuple[float, float]:
+    """Seconds it took, and what it returned."""
     import torch
 
     start = time.perf_counter()
-    step()
+    result = step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
+
+
+def _unshared(job: dict[str, Any], policy: Any, architecture: Any, here: Any) -> Any:
+    """The same policy, weights and all, which computes every prompt as often as it has completions."""
+    import torch
+
+    from megatron_spice.policy.policy import Policy
+
+    other = Policy(_config(job | {"shared": False}), architecture, here)
+    with torch.no_grad():
+        for parameter, source in zip(other.parameters.values(), policy.parameters.values(), strict=True):
+            parameter.copy_(source)
+    other.optimizer.reload_model_params()
+    return other
 
 
 def _fastest(job: dict[str, Any], trajectories: Sequence[Any]) -> Callable[[], float]:
@@ -158,7 +183,7 @@ def _fastest(job: dict[str, Any], trajectories: Sequence[Any]) -> Callable[[], f
 
     batches = [batch for batch in THEIR_BATCHES if batch <= len(trajectories)] or [len(trajectories)]
     step(batches[0])
-    times = {batch: _timed(lambda batch=batch: step(batch), torch.device("cpu")) for batch in batches}
+    times = {batch: _timed(lambda batch=batch: step(batch), torch.device("cpu"))[0] for batch in batches}
     best = min(times, key=times.__getitem__)
     return lambda: step(best)
 
@@ -170,7 +195,7 @@ def _ceiling(architecture: Any, device: Any, tokens: int) -> float:
     rows = min(tokens, 4096)
     x = torch.randn(rows, architecture.hidden_size, device=device).bfloat16()
     weight = torch.randn(2 * architecture.ffn_hidden_size, architecture.hidden_size, device=device).bfloat16()
-    best = min(_timed(lambda: (x @ weight.t())[0, 0].item(), device) for _ in range(10))
+    best = min(_timed(lambda: (x @ weight.t())[0, 0].item(), device)[0] for _ in range(10))
     return 2.0 * x.numel() * weight.shape[0] / best / 1e12
 
 

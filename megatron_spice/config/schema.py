@@ -143,6 +143,10 @@ class PolicyConfig(Room):
     entropy_bonus: float = Field(
         0.0, ge=0, description="So much of every token's entropy is added to its share of the objective; 0: off."
     )
+    kl_coefficient: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Penalty for moving away from policy.model's weights (kept in host memory); 0: only measured. [paper: none]",
+    )
     role_weights: RoleWeightsConfig = Field(RoleWeightsConfig(), description="Factor of each role's trajectories in the loss.")
     loss_length: PositiveInt | None = Field(
         None, description="L_max, the constant that DrGRPO divides token sums by; None: the larger of the roles' limits."

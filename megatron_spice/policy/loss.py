@@ -1,9 +1,9 @@
 """The DrGRPO loss on one row (paper section 2.4; Dr. GRPO, arXiv 2503.20783), and its switches, all off by default.
 
-    L = - 1/M sum_i 1/L_max sum_t  u_i ( w_it S_it + beta H_it )        S = min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+    L = - 1/M sum_i 1/L_max sum_t  u_i ( w_it S_it + beta H_it - kappa rho K_it )   S = min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
 M counts every trajectory of the optimiser step on all ranks and L_max is a constant, so neither packing nor the number of
-micro-batches or ranks changes the loss. No KL term. With one step for each rollout rho = pi / pi_old is 1 and its gradient
+micro-batches or ranks changes the loss. With one step for each rollout rho = pi / pi_old is 1 and its gradient
 that of the log-probability: REINFORCE with the group's mean as baseline, nothing to clip.
 
 importance_cap C   w = min(pi_old / pi_engine, C) instead of 1: truncated importance sampling against the engine's own
@@ -11,6 +11,9 @@ importance_cap C   w = min(pi_old / pi_engine, C) instead of 1: truncated import
 dual_clip c > 1    S >= c A where A < 0 (arXiv 1912.09729): without it a token of negative advantage that became much more
                    probable since the rollout is pushed back without bound. Needs a rho, so only with several steps.
 entropy_bonus beta H is the entropy of the distribution that the token was drawn from, at the sampling temperature.
+kl_coefficient     kappa; K = r - log r - 1 with r = pi_reference / pi, an estimate of the KL divergence that is never negative
+                   (Schulman's k3; GRPO, arXiv 2402.03300, equation 4). With rho before it its gradient is that of the
+                   divergence, KL(pi, pi_reference), and not only its value (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
 role_weights       u, by the role that wrote the trajectory.
 """
 
@@ -32,6 +35,7 @@ class LossSettings:
     importance_cap: float | None
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
+    kl_coefficient: float = 0.0
     challenger_weight: float = 1.0
     reasoner_weight: float = 1.0
 
@@ -43,6 +47,7 @@ class LossSettings:
             importance_cap=config.importance_cap,
             dual_clip=config.dual_clip if several_steps else None,
             entropy_bonus=config.entropy_bonus,
+            kl_coefficient=config.kl_coefficient or 0.0,
             challenger_weight=config.role_weights.challenger,
             reasoner_weight=config.role_weights.reasoner,
         )
@@ -55,7 +60,8 @@ def row_loss(
 
     Returns:
         The row's share of L (float32 scalar) and tensors for the metrics, each [c] and detached; `clipped`,
-        `dual_clipped` and `capped` are 1.0 where that bound was the one that held.
+        `dual_clipped` and `capped` are 1.0 where that bound was the one that held, `kl` is there if the row has log-probs
+        of a reference.
     """
     now = logprobs_c.detach()
     old = now if row.old_logprobs_c is None else row.old_logprobs_c
@@ -76,6 +82,12 @@ def row_loss(
         objective = objective * importance.clamp(max=settings.importance_cap)
     if settings.entropy_bonus > 0.0:
         objective = objective + settings.entropy_bonus * entropy_c
+    measured = {}
+    if row.reference_logprobs_c is not None:
+        away_c = row.reference_logprobs_c - logprobs_c
+        kl_c = away_c.exp() - away_c - 1
+        measured["kl"] = kl_c.detach()
+        objective = objective - settings.kl_coefficient * ratio * kl_c
     loss = -(objective * _token_weights(row, settings)).sum()
     return loss, {
         "logprobs": now,
@@ -85,6 +97,7 @@ def row_loss(
         "dual_clipped": dual_clipped.float(),
         "capped": capped.float(),
         "is_challenger": row.is_challenger_c,
+        **measured,
     }
 
 

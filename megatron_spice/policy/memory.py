@@ -121,7 +121,7 @@ class Sleeper:
             given_up += storage.nbytes()
             storage.resize_(0)
         if self.level == "all":
-            weights = {weight.untyped_storage().data_ptr() for weight in self._weight_buffers()}
+            weights = {weight.untyped_storage().data_ptr() for weight in self.weight_buffers()}
             state = [t for t in optimizer_tensors(self.optimizer) if t.untyped_storage().data_ptr() not in weights]
             given_up += self._state.put(state)
             self._drop_quantized_weights()
@@ -129,7 +129,7 @@ class Sleeper:
 
     def _give_up_weights(self) -> int:
         self._drop_quantized_weights()
-        return self._weights.put(self._weight_buffers())
+        return self._weights.put(self.weight_buffers())
 
     def _given_up(self, what: str, verb: str, give_up: Callable[[], int]) -> dict[str, float]:
         start = time.perf_counter()
@@ -149,7 +149,8 @@ class Sleeper:
             yield from chunk.buffers
             yield from chunk.expert_parallel_buffers
 
-    def _weight_buffers(self) -> list[torch.Tensor]:
+    def weight_buffers(self) -> list[torch.Tensor]:
+        """What the weights of this rank lie in."""
         return [buffer.param_data for buffer in self._buffers()]
 
 

@@ -12,7 +12,9 @@ from megatron_spice.policy.parallel import Placement
 
 ROLES = ("challenger", "reasoner")
 BOUNDS = ("clipped", "dual_clipped", "capped")
-SUMS = ("loss", "count", "entropy", *BOUNDS, "drift", "challenger_count", "challenger_drift", "computed", "unshared")
+SUMS = (
+    "loss", "count", "entropy", *BOUNDS, "drift", "challenger_count", "challenger_drift", "kl", "kl_count", "computed", "unshared",
+)  # fmt: skip
 BIN, BINS = 0.002, 2000  # of the histogram that the drift's percentile is read from
 
 
@@ -89,6 +91,8 @@ class UpdateMetrics:
                 drift = totals["challenger_drift"] if role == "challenger" else totals["drift"] - totals["challenger_drift"]
                 if tokens:
                     metrics[f"drift/{role}"] = drift / tokens
+        if totals["kl_count"]:
+            metrics["policy/kl"] = totals["kl"] / totals["kl_count"]
         return metrics
 
 
@@ -103,4 +107,7 @@ def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histogr
     sums["drift"] += drift.sum()
     sums["challenger_count"] += challenger.sum()
     sums["challenger_drift"] += drift[challenger].sum()
+    if "kl" in result:
+        sums["kl"] += result["kl"].double().sum().cpu()
+        sums["kl_count"] += result["kl"].numel()
     histogram += torch.bincount((drift / BIN).long().clamp(max=BINS - 1), minlength=BINS)

@@ -31,6 +31,7 @@ from megatron_spice.policy.model import build_chunks
 from megatron_spice.policy.model_config import Backend
 from megatron_spice.policy.optimizer import SHARDING, build_optimizer, load_optimizer_state, wrap
 from megatron_spice.policy.packing import Cost, Row, num_tokens, plan_rows, split_steps
+from megatron_spice.policy.reference import Reference
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
 from megatron_spice.weights.gather import Gatherer
 from megatron_spice.weights.load import load_hf
@@ -88,6 +89,7 @@ class Policy:
             parallel_state.get_expert_model_parallel_group(),
         )
         self.sleeper = Sleeper(self.wrapped, self.optimizer, self.device, config.policy.sleep)
+        self.reference: Reference | None = None
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -117,6 +119,10 @@ class Policy:
     def hf_names(self) -> set[str]:
         """The names of all tensors that `hf_buckets` gives."""
         return {name for bucket in self.gatherer.plan for name in bucket.shapes}
+
+    def keep_reference(self) -> None:
+        """From now on updates are compared with the weights as they are at this moment (`policy.kl_coefficient`)."""
+        self.reference = Reference(self.sleeper.weight_buffers())
 
     def model_state(self) -> dict[str, Any]:
         """Megatron's sharded description of the weights, for saving and for loading."""
@@ -177,10 +183,11 @@ class Policy:
         mine = [plan[self.placement.data_rank] for plan in plans]
         shares = [self._tensors(plan) for plan in plans]
         metrics = UpdateMetrics(len(trajectories), self.placement)
+        if self.reference is not None:
+            with self.reference.in_place():
+                self._note_logprobs(shares, "reference_logprobs_c")
         if several:
-            for rows in shares:
-                for row, result in zip(rows, self._run(rows, forward_only=True)):
-                    row.old_logprobs_c = result["logprobs"]
+            self._note_logprobs(shares, "old_logprobs_c")
         for rows, tensors in zip(mine, shares):
             if tensors:
                 metrics.add(self._step(tensors, settings), rows)
@@ -188,6 +195,12 @@ class Policy:
             # Nothing to learn from, but the drift between engine and policy is watched in every iteration.
             metrics.watch(self._watch(trajectories, settings))
         return metrics.summary()
+
+    def _note_logprobs(self, shares: Sequence[Sequence[RowTensors]], field: str) -> None:
+        """Writes the rows' log-probabilities under the weights of this moment into the rows, on the last stage."""
+        for rows in shares:
+            for row, result in zip(rows, self._run(rows, forward_only=True)):
+                setattr(row, field, result["logprobs"])
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of `token_ids[1:]`, each given the ids before it, at temperature 1."""
@@ -223,7 +236,8 @@ class Policy:
     def _counts(self, trajectory: Trajectory) -> bool:
         """Whether the trajectory can have a gradient."""
         weight = getattr(self.config.role_weights, trajectory.role)
-        return bool(trajectory.completion_ids) and weight > 0 and (trajectory.advantage != 0 or self.config.entropy_bonus > 0)
+        always = self.config.entropy_bonus > 0 or (self.config.kl_coefficient or 0.0) > 0
+        return bool(trajectory.completion_ids) and weight > 0 and (always or trajectory.advantage != 0)
 
     def _plan(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
         """The rows of one step for every data-parallel rank, each trajectory with its factor 1 / (M L_max) in the loss."""

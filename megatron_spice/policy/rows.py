@@ -41,6 +41,7 @@ class RowTensors:
         sequence_c: which of the row's trajectories a completion token belongs to.
         is_challenger_c: the token was written by the Challenger.
         old_logprobs_c: the policy's log-probs before the iteration's first step; None with a single step.
+        reference_logprobs_c: those of the weights the run began with; None where nothing is compared with them.
     """
 
     ids_s: torch.Tensor
@@ -56,6 +57,7 @@ class RowTensors:
     sequence_c: torch.Tensor
     is_challenger_c: torch.Tensor
     old_logprobs_c: torch.Tensor | None = None
+    reference_logprobs_c: torch.Tensor | None = None
 
 
 def padded_length(num_tokens: int, multiple: int) -> int:

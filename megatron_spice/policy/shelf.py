@@ -31,7 +31,7 @@ class Shelf:
         self._sizes = [(storage, storage.nbytes()) for storage in storages.values()]
         total = sum(size for _, size in self._sizes)
         if total > self._host.numel():
-            self._host = _host_memory(total, pinned=self._device.type == "cuda")
+            self._host = host_memory(total, pinned=self._device.type == "cuda")
         for storage, _, copy in self._with_copies():
             copy.copy_(_bytes_of(storage), non_blocking=True)
         if self._device.type == "cuda":
@@ -58,7 +58,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _host_memory(num_bytes: int, pinned: bool) -> torch.Tensor:
+def host_memory(num_bytes: int, pinned: bool) -> torch.Tensor:
+    """uint8 [num_bytes], contents undefined; `pinned`: page-locked, for copies that the device makes by itself."""
     memory = torch.empty(num_bytes, dtype=torch.uint8)
     if pinned:
         # Tensor.pin_memory() would round up to a power of two: up to twice the memory for tens of GiB.

@@ -51,10 +51,13 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
     backend = Backend(sequence_attention=_sequence_attention()) if job.get("sequences") else None
     policy = Policy(Config.model_validate(rooms), read_architecture(model), here, backend)
     result: dict[str, Any] = {}
+    compares = policy.config.kl_coefficient is not None
+    if compares or "load" not in job:
+        policy.load_hf(model)
+    if compares:
+        policy.keep_reference()
     if "load" in job:
         load_tensors(policy, Path(job["load"]), with_optimizer=job.get("with_optimizer", True))
-    else:
-        policy.load_hf(model)
     if "score" in job:
         result["score"] = policy.score(job["score"])
     result["updates"] = [policy.update(job["trajectories"]) for _ in range(job.get("updates", 0))]

@@ -126,7 +126,7 @@ ONE_STEP: dict[str, tuple[str, dict, dict, bool]] = {
         {"entropy_coef": 0.05 * TOKENS / (len(BATCH) * LENGTH), "temperature": 1.3}, False,
     ),
 }  # fmt: skip
-TWO_STEPS = {"clip_ratio": 0.1, "dual_clip": 1.3, "importance_cap": 2.0}
+TWO_STEPS = {"clip_ratio": 0.1, "dual_clip": 1.3, "importance_cap": 2.0, "kl_coefficient": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,12 @@ def test_one_step(ours, models, tmp_path, case):
 
 
 def test_two_steps_of_one_rollout(ours, models, tmp_path):
-    """The weights after both, with clipping, dual clip and truncated importance weights against the first log-probs."""
+    """The weights after both, with clipping, dual clip and truncated importance weights against the first log-probs, and a
+    penalty for moving away from the weights before the first step, which only the second step feels."""
     theirs = Theirs(
         models["llama"], tmp_path, engine=True, epsilon=TWO_STEPS["clip_ratio"], delta=TWO_STEPS["dual_clip"],
         vllm_importance_sampling_clip_max=TWO_STEPS["importance_cap"], steps_per_generation=2,
-        per_device_train_batch_size=len(BATCH) // 2,
+        per_device_train_batch_size=len(BATCH) // 2, beta=TWO_STEPS["kl_coefficient"],
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in theirs.model.named_parameters()}
     optimizer = torch.optim.Adam(theirs.model.parameters(), ADAM["learning_rate"], betas=(0.9, 0.95), eps=ADAM["adam_eps"])
@@ -191,21 +192,24 @@ def test_two_steps_of_one_rollout(ours, models, tmp_path):
     metrics = ours["two steps"]["updates"][0]
     assert metrics["policy/clipped"] > 0 and theirs.trainer._metrics["train"]["clip_ratio/region_mean"][1] > 0
     assert metrics["policy/loss"] == pytest.approx(sum(loss.item() for loss in losses) / 2, rel=1e-4)
+    assert metrics["policy/kl"] > 1e-3 and theirs.trainer._metrics["train"]["kl"][1] > 1e-3
     for name, parameter in theirs.model.named_parameters():
         moved = torch.from_numpy(ours["two steps"]["weights"][name]) - before[name]
         assert _difference(moved, parameter.detach() - before[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("dual_clip", [None, 1.5])
-def test_given_old_log_probabilities(models, tmp_path, dual_clip):
+@pytest.mark.parametrize("dual_clip, beta", [(None, 0.0), (1.5, 0.0), (None, 0.3)])
+def test_given_old_log_probabilities(models, tmp_path, dual_clip, beta):
     """Ratios from 1/e to e: our loss of TRL's log-probabilities, and its gradient in the model, are TRL's."""
-    theirs = Theirs(models["llama"], tmp_path, engine=True, delta=dual_clip, vllm_importance_sampling_clip_max=2.0)
+    theirs = Theirs(models["llama"], tmp_path, engine=True, delta=dual_clip, vllm_importance_sampling_clip_max=2.0, beta=beta)
     inputs = theirs.inputs(BATCH)
     mask = inputs["completion_mask"].bool()
     drift = 2 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) - 1
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + drift * mask
     importance = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).exp()
     inputs["importance_sampling_ratio"] = importance.clamp(max=2.0)
+    if beta:
+        inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] + drift.flip(1) * mask
     loss = theirs.loss(inputs)
     loss.backward()
     expected = theirs.gradients()
@@ -213,7 +217,8 @@ def test_given_old_log_probabilities(models, tmp_path, dual_clip):
 
     row = _flat_row(BATCH)
     row.old_logprobs_c = inputs["old_per_token_logps"][mask]
-    mine, tensors = row_loss(*theirs.logprobs(inputs), row, LossSettings(0.2, 2.0, dual_clip))
+    row.reference_logprobs_c = inputs["ref_per_token_logps"][mask] if beta else None
+    mine, tensors = row_loss(*theirs.logprobs(inputs), row, LossSettings(0.2, 2.0, dual_clip, kl_coefficient=beta))
     mine.backward()
     assert tensors["clipped"].any() and tensors["capped"].any() and tensors["dual_clipped"].any() == (dual_clip is not None)
     assert mine.item() == pytest.approx(loss.item(), rel=1e-4)

@@ -65,6 +65,25 @@ def test_dual_clip_bounds_what_a_negative_advantage_may_push():
     assert logprobs.grad.tolist() == pytest.approx([0.0, 0.25 * 2 * 2, 0.0])
 
 
+def test_the_penalty_for_moving_away():
+    """Ratios of the reference to the policy: 2 (the policy moved down), 1 (nothing to pay, no slope), 1/2. On the policy's own
+    tokens the slope is log pi / pi_reference: that of the divergence itself."""
+    row = _row((0.0, (-1.0, -1.0, -1.0)))
+    row.reference_logprobs_c = torch.tensor([-1.0, -1.0, -1.0])
+    logprobs = torch.tensor([-1.0 - math.log(2.0), -1.0, -1.0 + math.log(2.0)], requires_grad=True)
+    loss, tensors = row_loss(logprobs, torch.zeros(3), row, LossSettings(None, None, kl_coefficient=2.0))
+    loss.backward()
+    expected = [1 - math.log(2.0), 0.0, math.log(2.0) - 0.5]
+    assert tensors["kl"].tolist() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(0.25 * 2.0 * sum(expected))
+    assert logprobs.grad.tolist() == pytest.approx([0.25 * 2.0 * -math.log(2.0), 0.0, 0.25 * 2.0 * math.log(2.0)])
+
+
+def test_without_a_reference_nothing_is_measured():
+    row = _row((1.0, (-1.0,)))
+    assert "kl" not in row_loss(torch.zeros(1), torch.zeros(1), row, LossSettings(None, None, kl_coefficient=2.0))[1]
+
+
 def test_the_entropy_bonus_counts_tokens_as_the_loss_does():
     row = _row((0.0, (-1.0, -1.0)), (2.0, (-1.0,)))
     entropies = torch.tensor([0.5, 1.5, 2.0], requires_grad=True)
@@ -119,8 +138,9 @@ def test_settings_of_a_recipe():
     plain = LossSettings.of(PolicyConfig(model="m"), several_steps=True)
     assert plain == LossSettings(0.2, None)
     recipe = PolicyConfig(
-        model="m", clip_ratio=0.1, dual_clip=3.0, importance_cap=2.0, entropy_bonus=0.01, role_weights={"challenger": 0.5}
-    )
+        model="m", clip_ratio=0.1, dual_clip=3.0, importance_cap=2.0, entropy_bonus=0.01, kl_coefficient=0.02,
+        role_weights={"challenger": 0.5},
+    )  # fmt: skip
     several = LossSettings.of(recipe, several_steps=True)
-    assert several == LossSettings(0.1, 2.0, 3.0, 0.01, 0.5, 1.0)
-    assert LossSettings.of(recipe, several_steps=False) == LossSettings(None, 2.0, None, 0.01, 0.5, 1.0)
+    assert several == LossSettings(0.1, 2.0, 3.0, 0.01, 0.02, 0.5, 1.0)
+    assert LossSettings.of(recipe, several_steps=False) == LossSettings(None, 2.0, None, 0.01, 0.02, 0.5, 1.0)

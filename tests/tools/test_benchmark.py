@@ -26,6 +26,8 @@ def _run(*arguments: object, timeout: float = 240) -> subprocess.CompletedProces
     (["--model", "1b", "--precision", "bf16,int8"], "int8"),
     (["--model", "1b", "--against", "transformers"], "--model"),
     (["--model", "1b", "--steps", "0"], "0 is not a positive number"),
+    (["--model", "1b", "--prompt", "12,x"], "x is not a positive number"),
+    (["--model", "1b", "--against", "unshared", "--unshared"], "--unshared"),
 ])  # fmt: skip
 def test_bad_options_are_named(arguments, named):
     done = _run(*arguments)
@@ -61,3 +63,18 @@ def test_against_transformers(tmp_path):
     [result] = json.loads((tmp_path / "policy.json").read_text())["results"]
     assert result["ratio"] == pytest.approx(result["their_seconds"][0] / result["seconds"][0])
     assert result["computed_tokens"] == result["tokens"]
+
+
+def test_against_itself_without_sharing(tmp_path):
+    """Both compute the same gradient; in float32, by ranks that cut the layers between them."""
+    model = make_model(tmp_path / "hf", "llama", tied=True)
+    done = _run(
+        "--model", model, "--precision", "fp32", "--layouts", "pp=2", "--steps", 1, "--groups", 2, "--group-size", 4, "--prompt",
+        "12,3", "--completion", 4, "--against", "unshared", "--no-warm-up", "--output", tmp_path, "--threads", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [result] = json.loads((tmp_path / "policy.json").read_text())["results"]
+    assert result["computed_tokens"] == 12 + 3 + 8 * 4 and result["tokens"] == 4 * (16 + 7)
+    assert len(result["seconds"]) == len(result["their_seconds"]) == 1
+    ours, theirs = result["first_gradient_norms"].values()
+    assert ours == pytest.approx(theirs, rel=1e-4) and ours > 0
