@@ -144,6 +144,8 @@ def _apex() -> Finding:
     apex = machine.apex()
     if apex.state == "nvidia":
         return Finding("Apex", "ok", apex.version or "found, version unknown")
+    if apex.state == "unbuilt":
+        return Finding("Apex", "wrong", "NVIDIA's, built without its CUDA extensions: not used", f"build it anew with them. {APEX_REMEDY}")
     if apex.state == "wrong":
         return Finding(
             "Apex",

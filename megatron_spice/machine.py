@@ -135,7 +135,8 @@ def torch_cuda() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Apex:
-    """`state` is "absent", "nvidia" or "wrong": the `apex` of PyPI is another project with the same import name."""
+    """`state` is "absent", "nvidia", "unbuilt" (NVIDIA's without its CUDA extensions) or "wrong": the `apex` of PyPI is another
+    project with the same import name."""
 
     state: str
     version: str | None = None
@@ -149,7 +150,9 @@ def apex() -> Apex:
         return Apex("absent")
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     is_nvidia = any((folder / "optimizers").is_dir() for folder in folders)
-    return Apex("nvidia" if is_nvidia else "wrong", found)
+    if not is_nvidia:
+        return Apex("wrong", found)
+    return Apex("nvidia" if has_module("amp_C") else "unbuilt", found)
 
 
 def slurm() -> str | None:

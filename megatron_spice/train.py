@@ -45,9 +45,9 @@ def _iterate(run: Run, iteration: int) -> None:
     passages = run.sampler.next(config.train.passages)
     with timer.phase("play"):
         episodes = run.pool.play(iteration, passages)
-    trajectories = game.trajectories(episodes, config.game)
     if run.baselines is not None:
-        trajectories = run.baselines.apply(trajectories)
+        episodes = run.baselines.apply(episodes)
+    trajectories = game.trajectories(episodes, config.game)
     with timer.phase("wake"):
         woken = _to_policy(run)
     with timer.phase("train"):
@@ -58,7 +58,8 @@ def _iterate(run: Run, iteration: int) -> None:
         run.say("\n".join(run.policy.audit_lines()))
     if run.log is not None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
-        metrics = {**game.metrics(episodes), **update, **synced, **woken, **speed, **seconds}
+        baselines = run.baselines.metrics() if run.baselines is not None else {}
+        metrics = {**game.metrics(episodes), **baselines, **update, **synced, **woken, **speed, **seconds}
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)
@@ -81,7 +82,7 @@ def _to_engines(run: Run, version: int) -> dict[str, float]:
     metrics = policy.sleep(keep_weights=True)
     dist.barrier()
     pool.wake([WEIGHTS])
-    seconds, num_bytes = sync.push(policy.hf_buckets, policy.hf_names, pool.engines, str(version))
+    seconds, num_bytes = sync.push(policy.rollout_buckets, policy.hf_names, pool.engines, str(version))
     ours = policy.score(run.probe_ids) if config.rollout.verify_sync else None
     metrics |= policy.sleep_weights()
     dist.barrier()

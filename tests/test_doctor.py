@@ -70,6 +70,9 @@ def test_the_apex_of_pypi_is_told_from_nvidias(tmp_path):
     assert wrong["state"] == "wrong" and "another project" in wrong["value"] and "pip uninstall apex" in wrong["remedy"]
 
     (tmp_path / "apex" / "optimizers").mkdir()
+    unbuilt = report(python_path=tmp_path)["packages"]["Apex"]
+    assert unbuilt["state"] == "wrong" and "without its CUDA extensions" in unbuilt["value"]
+    (tmp_path / "amp_C.py").touch()
     assert report(python_path=tmp_path)["packages"]["Apex"]["state"] == "ok"
 
 
@@ -136,6 +139,7 @@ def test_without_transformer_engine_a_gpu_has_no_fp8_and_nothing_fused(tmp_path)
 def test_nvidias_apex_comes_first_for_the_optimiser(tmp_path):
     (tmp_path / "site" / "apex" / "optimizers").mkdir(parents=True)
     (tmp_path / "site" / "apex" / "__init__.py").touch()
+    (tmp_path / "site" / "amp_C.py").touch()
     (tmp_path / "site" / "fused_weight_gradient_mlp_cuda.py").touch()
     both = gpu_machine(tmp_path)["training"]
     assert both["fused optimiser"]["value"] == "Apex FusedAdam"

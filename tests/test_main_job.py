@@ -1,25 +1,31 @@
 """The main job, run as a person runs it: two Megatron ranks, a real SGLang engine, a real corpus.
 
-What needs many iterations runs on a tiny random model, which writes no valid task and so learns nothing; that tasks vary,
-rewards follow from the log and weights change is seen in one iteration of the quickstart's own model, in float32.
+What needs many iterations runs on a tiny random model, which writes no valid task and so learns nothing, or on one whose
+weights are set so that it can say one question; that tasks vary, rewards follow from the log and weights change is seen in
+one iteration of the quickstart's own model, in float32.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from small_models import TEXT, add_tokenizer, make_model
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "smollm2-135m-instruct"
@@ -166,3 +172,148 @@ def test_the_real_model_learns_from_what_the_log_says(tmp_path):
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]
     assert len(changed) > 0.9 * len(before), "the weights did not change"
+
+
+# Every switch that changes what is computed, away from its default. The cap is below every ratio of policy and engine, so
+# it holds for every token and the loss follows from the log; the rate is high enough to move weights of eight bits.
+SWITCHES = {
+    "game": {"advantage_baseline": "role", "baseline_decay": 0.75, "challenger_max_tokens": 12},
+    "policy": {
+        "precision": "fp8", "pipeline_parallel_size": 1, "tensor_parallel_size": 2, "sequence_parallel": True,
+        "sleep": "all", "kl_coefficient": 0.05, "entropy_bonus": 0.05, "importance_cap": 0.5, "learning_rate": 2e-3,
+    },
+    "policy.fp8": {"recipe": "blockwise", "format": "e4m3", "first_layers_bf16": 1},
+    "policy.role_weights": {"challenger": 0.5, "reasoner": 1.0},
+}  # fmt: skip
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+Played = list[tuple[str, float, int]]
+
+
+def _talking_model(folder: Path) -> Path:
+    """A model that goes on after `How many` with `?`, a new line and `Answer:8` or `Answer:7`, after `Answer:` likewise.
+
+    Embedding and output matrix alone say what follows what; the random layers add noise to it, and get gradients.
+    """
+    add_tokenizer(make_model(folder, "llama", tied=False, max_position_embeddings=2048))
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    *said, colon, eight = tokens.encode("y?\nAnswer:8").ids
+    [seven], end = tokens.encode("7").ids, tokens.token_to_id("<|im_end|>")
+    followers = {**dict(zip(said, [*said[1:], colon])), colon: eight, eight: end}
+    weights = load_file(folder / "model.safetensors")
+    heard, spoken = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    spoken.zero_()
+    for place, (token, follower) in enumerate(followers.items()):
+        heard[token] = 0.0
+        heard[token, place] = 64.0
+        spoken[follower, place] = 2.5
+    heard[seven], spoken[seven] = heard[eight], spoken[eight]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _trained(run_dir: Path, iteration: int) -> list[tuple[str, dict]]:
+    """What was trained on, by the log: role and attempt or answer."""
+    episodes = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+    attempts = [attempt for episode in episodes if episode["iteration"] == iteration for attempt in episode["attempts"]]
+    trained = {
+        "challenger": [attempt for attempt in attempts if attempt["in_group"]],
+        "reasoner": [answer for attempt in attempts if attempt["is_reasoner_task"] for answer in attempt["answers"]],
+    }
+    return [(role, one) for role, ones in trained.items() for one in ones]
+
+
+def _moved(baselines: dict[str, float], played: Played) -> dict[str, float]:
+    """The baselines after an iteration; a role's first rewards are where its baseline begins."""
+    decay = SWITCHES["game"]["baseline_decay"]
+    means = {role: fmean(reward for other, reward, _ in played if other == role) for role in ("challenger", "reasoner")}
+    return {role: decay * baselines.get(role, mean) + (1 - decay) * mean for role, mean in means.items()}
+
+
+def _assert_audit(output: str) -> None:
+    """One line for all layers alike: what runs in FP8 always did, what does not says why, before the first iteration."""
+    before = output.partition("\niteration ")[0]
+    rows = [re.split(r" {2,}", line) for line in before.splitlines() if re.match(r"decoder\.|embedding|output_layer", line)]
+    assert {row[0]: tuple(row[1:3]) for row in rows} == {
+        **{f"decoder.layers.1-3.{linear}": ("fp8", "blockwise e4m3") for linear in LINEARS},
+        **{f"decoder.layers.0.{linear}": ("bf16", "policy.fp8.first_layers_bf16=1") for linear in LINEARS},
+        "decoder.layers.0-3.self_attention.core_attention": ("bf16", "RowAttention has no FP8 form"),
+        "embedding.word_embeddings": ("bf16", "outside the layers"),
+        "output_layer": ("bf16", "outside the layers"),
+    }
+    for name, precision, _, counted in (row for row in rows if row[0].endswith(LINEARS)):
+        ran, of = map(int, re.fullmatch(r"(\d+) of (\d+) forwards in FP8", counted).groups())
+        assert of >= 3 and ran == (of if precision == "fp8" else 0), f"{name}: {counted}"  # probe, reference, update
+    assert "NOT AS SET" not in output
+
+
+def _assert_loss(metrics: dict, played: Played, baselines: dict[str, float]) -> None:
+    """The loss is - 1/(M L) times the sum of u (C A + beta H - kappa K) over tokens.
+
+    H and K are logged for both roles together, so what they add is known but for the weight, 0.5 to 1.
+    """
+    policy, weights = SWITCHES["policy"], SWITCHES["policy.role_weights"]
+    count = metrics["policy/completion_tokens"]
+    assert metrics["policy/capped"] == 1.0 and count == sum(tokens for _, _, tokens in played)
+    paid = sum(weights[role] * tokens * (reward - baselines[role]) for role, reward, tokens in played)
+    total = -metrics["policy/loss"] * len(played) * SWITCHES["game"]["challenger_max_tokens"]
+    added = total - policy["importance_cap"] * paid
+    bonus = policy["entropy_bonus"] * metrics["policy/entropy"] * count
+    penalty = policy["kl_coefficient"] * metrics["policy/kl"] * count
+    assert bonus > 0.2
+    assert 0.5 * bonus - penalty - 1e-4 < added < bonus - 0.5 * penalty + 1e-4, (added, bonus, penalty)
+
+
+def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
+    """FP8, a baseline for each role, a penalty for leaving the start, an entropy bonus, capped importance, weights of roles,
+    all memory given up, tensor and sequence parallel; two iterations, and a third by a run that resumes. What breaks it:
+
+    - a layer computed in another precision than the recipe says, or left out of the audit;
+    - optimiser state or weights that stay awake;
+    - a reference that is not the first model: its divergence would be above 0 in iteration 1, or 0 in iteration 3;
+    - baselines that begin anew, at zero or at the third iteration's mean: tasks are then paid by a rule whose means cannot
+      be those of the old one;
+    - a loss without the cap, the roles' weights, the baselines or the entropy, or prompts computed once for each completion.
+    """
+    run = tmp_path / "run"
+    overrides = [f"{room}.{key}={json.dumps(value)}" for room, keys in SWITCHES.items() for key, value in keys.items()]
+    overrides.append(f"policy.model={_talking_model(tmp_path / 'hf')}")
+    started = _finish(_start(recipe, run, *overrides, "train.iterations=2"))
+    resumed = _finish(_start(recipe, run, *overrides, "train.iterations=3", "game.challenger_reward=absolute_zero"))
+    assert "resumed from" in resumed and "iteration 2/3" not in resumed
+    for output in (started, resumed):
+        [line] = [line for line in output.splitlines() if "engine(s), ready after" in line]
+        assert "TP=2+SP PP=1 DP=1; fp8; Adam by torch," in line
+        assert "; sleep: gradients, optimizer state and weights (copies in host memory);" in line
+        _assert_audit(output)
+
+    metrics = _metrics(run)
+    assert [line["iteration"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert line["memory/slept_weights_gib"] >= line["sync/gib"] / 2 > 0, "each rank gives up its half of the weights"
+        # 16 bits a weight there; here 32 each for its gradient, its master and the master's two moments
+        assert line["memory/slept_gib"] > 7 * line["memory/slept_weights_gib"]
+        assert line["memory/wake_seconds"] > 0
+        assert line["policy/prefix_saving"] > 1.5, "groups of two share their prompts"
+    first, second, third = (line["policy/kl"] for line in metrics)
+    assert first == 0.0 and second > 1e-7 and third > 1e-7
+
+    baselines: dict[str, float] = {}
+    for number, line in enumerate(metrics, start=1):
+        trained = _trained(run, number)
+        played = [(role, one["reward"], one["tokens"]) for role, one in trained]
+        after = _moved(baselines, played)
+        _assert_loss(line, played, baselines or after)
+        assert line["reasoner/baseline"] == pytest.approx((baselines or after)["reasoner"])
+        for role, one in trained:
+            assert one["advantage"] == pytest.approx(one["reward"] - line[f"{role}/baseline"], abs=1e-9)
+        baselines = after
+        saved = run / "checkpoints" / f"iteration_{number:07d}"
+        assert saved.exists() == (number > 1)
+        if number > 1:
+            assert json.loads((saved / "run_state.json").read_text())["baselines"] == pytest.approx(baselines)
+
+    written = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert written["train"]["iterations"] == 3
+    for room, keys in SWITCHES.items():
+        found = functools.reduce(dict.get, room.split("."), written)
+        assert {key: found[key] for key in keys} == keys

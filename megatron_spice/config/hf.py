@@ -116,7 +116,7 @@ class ModelArchitecture:
         if architecture.num_attention_heads % architecture.num_query_groups:
             problems.append(
                 f"{source}: num_key_value_heads={architecture.num_query_groups} does not divide "
-                f"num_attention_heads={architecture.num_attention_heads}"
+                f"num_attention_heads={architecture.num_attention_heads}; copy the file again from the model's source"
             )
         if problems:
             raise ConfigError(problems)
@@ -170,11 +170,11 @@ def _unsupported(config: dict[str, Any], source: str) -> list[str]:
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"{source}: hidden_act={config['hidden_act']!r} is not supported; supported: silu")
     if config.get("mlp_bias"):
-        problems.append(f"{source}: mlp_bias=true is not supported")
+        problems.append(f"{source}: mlp_bias=true is not supported; supported: false")
     if config.get("model_type") != "qwen2" and config.get("attention_bias"):
-        problems.append(f"{source}: attention_bias=true is not supported for {config.get('model_type')}")
+        problems.append(f"{source}: attention_bias=true is not supported for {config.get('model_type')}; supported: false")
     if config.get("use_sliding_window"):
-        problems.append(f"{source}: use_sliding_window=true is not supported")
+        problems.append(f"{source}: use_sliding_window=true is not supported; supported: false")
     scaling = _scaling(_rope_parameters(config))
     if scaling is not None and {name: scaling.get(name) for name in LLAMA3_ROPE} != LLAMA3_ROPE:
         problems.append(f"{source}: rope scaling {scaling} is not supported; supported: {LLAMA3_ROPE} with any factor")
@@ -192,7 +192,7 @@ def _unsupported_experts(config: dict[str, Any], architecture: ModelArchitecture
         problems.append(f"{source}: decoder_sparse_step={config['decoder_sparse_step']} is not supported; supported: 1")
     chosen, experts = architecture.experts_per_token, architecture.num_experts
     if chosen > experts:
-        problems.append(f"{source}: num_experts_per_tok={chosen} is more than num_experts={experts}")
+        problems.append(f"{source}: num_experts_per_tok={chosen} is more than num_experts={experts}; copy the file again from the model's source")
     if chosen == 1 and architecture.normalize_expert_weights:
         problems.append(
             f"{source}: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight is always 1, "

@@ -1,7 +1,7 @@
 """The settings as a flat list of keys, drawn from the schema's own fields: `policy.precision`, its type, default and meaning.
 
-Errors that propose the nearest key, `python -m megatron_spice config` and the reference in docs/ all read this list, so
-none of them can say something that the schema does not.
+Errors that propose the nearest key and `python -m megatron_spice config` read this list, so neither can say something that
+the schema does not.
 """
 
 from __future__ import annotations

@@ -165,9 +165,12 @@ def _pipeline_problems(config: PolicyConfig, architecture: ModelArchitecture) ->
     if config.pipeline_layers is not None:
         given = config.pipeline_layers
         if len(given) != chunks:
-            return [f"policy.pipeline_layers={given} has {len(given)} numbers, {degrees} chunks need {chunks}"]
+            return [f"policy.pipeline_layers={given} has {len(given)} numbers, {degrees} chunks need {chunks}; give one for each"]
         if sum(given) != layers:
-            return [f"policy.pipeline_layers={given} adds up to {sum(given)}, the model's num_hidden_layers={layers}"]
+            return [
+                f"policy.pipeline_layers={given} adds up to {sum(given)}, not to the model's num_hidden_layers={layers}; "
+                "change one, or leave them out"
+            ]
     elif chunks > layers:
         return [f"{degrees} chunks are more than the model's num_hidden_layers={layers}; lower one of them"]
     return []

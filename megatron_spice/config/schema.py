@@ -91,6 +91,9 @@ class RolloutConfig(Room):
     memory_fraction: float = Field(0.6, gt=0, lt=1, description="Share of accelerator memory for weights and KV cache.")
     threads: PositiveInt | None = Field(None, description="CPU threads of an engine; None: the cores shared out.")
     bucket_mb: PositiveInt = Field(256, description="Weights travel to the engines in buckets of this size, MiB.")
+    round_weights: bool = Field(
+        True, description="Engines of an FP8 policy get its weights rounded to FP8 and back, as its own products see them."
+    )
     verify_sync: bool = Field(True, description="After each sync compare engine and policy log-probs on a fixed text.")
     sync_tolerance: PositiveFloat | None = Field(
         None, description="Largest mean absolute difference verify_sync accepts; None: by precision (weights/sync.py)."

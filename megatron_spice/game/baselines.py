@@ -1,4 +1,4 @@
-"""Advantages against a running mean of each role's rewards, instead of the mean of a trajectory's own group.
+"""Advantages against a running mean of each role's rewards, instead of the mean of an attempt's or answer's own group.
 
 SPIRAL's role-conditioned advantage estimation (arXiv 2506.24119): Challenger and Reasoner are paid on
 different scales, so each has a baseline of its own,
@@ -17,7 +17,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import get_args
 
-from megatron_spice.game.records import Role, Trajectory
+from megatron_spice.game.episodes import trained_answers
+from megatron_spice.game.records import Attempt, Episode, Role
 
 
 class RoleBaselines:
@@ -31,20 +32,36 @@ class RoleBaselines:
         assert 0.0 <= decay < 1.0, f"decay {decay} is not in [0, 1)"
         self.decay = decay
         self._means: dict[str, float] = {}
+        self._used: dict[str, float] = {}
 
-    def apply(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """One iteration's trajectories, advantages replaced by reward minus baseline; then the baselines move on.
+    def apply(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """One iteration's episodes, advantages of what they train on replaced by reward minus baseline; then the baselines move
+        on.
 
-        A role without trajectories keeps its baseline.
+        A role that nothing was trained of keeps its baseline.
         """
-        means = {
-            role: fmean(trajectory.reward for trajectory in trajectories if trajectory.role == role)
-            for role in {trajectory.role for trajectory in trajectories}
+        rewards = {
+            "challenger": [attempt.reward for episode in episodes for attempt in episode.attempts if attempt.in_group],
+            "reasoner": [answer.reward for episode in episodes for answer in trained_answers(episode)],
         }
-        baselines = means | self._means
+        means = {role: fmean(paid) for role, paid in rewards.items() if paid}
+        self._used = means | self._means
         for role, mean in means.items():
-            self._means[role] = self.decay * baselines[role] + (1.0 - self.decay) * mean
-        return [replace(t, advantage=_difference(t.reward, baselines[t.role])) for t in trajectories]
+            self._means[role] = self.decay * self._used[role] + (1.0 - self.decay) * mean
+        return [replace(episode, attempts=tuple(map(self._attempt, episode.attempts))) for episode in episodes]
+
+    def _attempt(self, attempt: Attempt) -> Attempt:
+        if attempt.in_group:
+            attempt = replace(attempt, advantage=_difference(attempt.reward, self._used["challenger"]))
+        if attempt.is_reasoner_task:
+            baseline = self._used["reasoner"]
+            answers = [replace(answer, advantage=_difference(answer.reward, baseline)) for answer in attempt.answers]
+            attempt = replace(attempt, answers=tuple(answers))
+        return attempt
+
+    def metrics(self) -> dict[str, float]:
+        """What was subtracted from the rewards of the last iteration: `challenger/baseline`, `reasoner/baseline`."""
+        return {f"{role}/baseline": baseline for role, baseline in self._used.items()}
 
     def state_dict(self) -> dict[str, float]:
         """Baselines by role; a role not seen yet has none."""

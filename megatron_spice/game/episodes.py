@@ -30,7 +30,7 @@ def trajectories(episodes: Sequence[Episode], config: GameConfig) -> list[Trajec
             ]
         found += [
             _trajectory("reasoner", answer.completion, answer.advantage, answer.reward)
-            for answer in _trained_answers(episode)
+            for answer in trained_answers(episode)
         ]
     return found
 
@@ -43,7 +43,8 @@ def _group(episode: Episode) -> list[Attempt]:
     return [attempt for attempt in episode.attempts if attempt.in_group]
 
 
-def _trained_answers(episode: Episode) -> list[Answer]:
+def trained_answers(episode: Episode) -> list[Answer]:
+    """The answers to the one task that the Reasoner is trained on; none if the passage has no task."""
     return [answer for attempt in episode.attempts if attempt.is_reasoner_task for answer in attempt.answers]
 
 
@@ -58,10 +59,10 @@ def metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     attempts = [attempt for episode in episodes for attempt in episode.attempts]
     group = [attempt for episode in episodes for attempt in _group(episode)]
     answered = [attempt for attempt in group if attempt.answers]
-    trained = [answer for episode in episodes for answer in _trained_answers(episode)]
+    trained = [answer for episode in episodes for answer in trained_answers(episode)]
     values: dict[str, float | None] = {
         "game/passages": float(len(episodes)),
-        "game/passages_without_task": float(sum(not _trained_answers(episode) for episode in episodes)),
+        "game/passages_without_task": float(sum(not trained_answers(episode) for episode in episodes)),
         "game/trajectories": float(len(group) + len(trained)),
         "game/seconds_per_passage": _mean([episode.seconds for episode in episodes]),
         "verifier/timeouts": float(sum(episode.verifier_timeouts for episode in episodes)),
@@ -133,7 +134,8 @@ def _lengths(role: Role, completions: Sequence[Completion]) -> dict[str, float |
 
 
 def episode_record(episode: Episode) -> dict[str, Any]:
-    """The episode as JSON: with the recipe's `game` settings, every reward and advantage follows from it."""
+    """The episode as JSON: with the recipe's `game` settings (and, with `advantage_baseline: role`, the iteration's baselines in
+    metrics.jsonl) every reward and advantage follows from it."""
     passage = episode.passage
     return {
         "iteration": episode.iteration,

@@ -16,6 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from megatron_spice.policy.row_mask import RowCache, dense_mask
 
 BLOCK = 128
+RECOMPILE_LIMIT = 32
+"""Kernels for kinds of rows, not lengths: with and without gradients, of one block, shorter than one, each context size. Past
+torch's own limit of 8 it would go on without a kernel, writing all scores down."""
 MASK_ELEMENTS = 2**26  # of the dense mask that exist at a time while blocks are sorted
 
 _BLOCKS: RowCache[BlockMask] = RowCache()
@@ -23,6 +26,7 @@ _BLOCKS: RowCache[BlockMask] = RowCache()
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 

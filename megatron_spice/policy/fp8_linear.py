@@ -46,6 +46,10 @@ class Rounding:
         assert config.recipe in ("blockwise", "tensorwise"), config.recipe
         return cls(config.recipe == "tensorwise", "e5m2" if config.format == "hybrid" else "e4m3")
 
+    def weight(self, weight_nk: torch.Tensor) -> torch.Tensor:
+        """A weight as FP8 sees it, in its own type: exactly with block-wise scaling, rounded once more with tensor-wise."""
+        return self.operand(weight_nk, WEIGHT_BLOCK).to(weight_nk.dtype)
+
     def operand(self, tensor: torch.Tensor, block: Block, format: Format = "e4m3") -> torch.Tensor:
         """A matrix as FP8 sees it, in the type that its products are to be computed in."""
         if self.tensorwise:

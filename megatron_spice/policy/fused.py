@@ -16,6 +16,7 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer
 
+APEX_KERNELS = "amp_C"  # an Apex built without CUDA extensions can be imported, and its FusedAdam refuses to be made
 APEX_GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
 NAMES = {"apex": "Apex", "transformer_engine": "Transformer Engine", "torch": "torch"}
 
@@ -26,12 +27,13 @@ def choose_adam() -> str:
     Megatron decides at import and keeps the class under the name `Adam` in two modules. Their own code treats the two
     fused Adams alike.
     """
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError:
-        pass
-    else:
-        megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    if _found(APEX_KERNELS):
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError:
+            pass
+        else:
+            megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     return adam()
 
 
@@ -44,7 +46,7 @@ def gradient_accumulation_fusion(device: str, uses_te: bool) -> bool:
     """Megatron's setting of that name, for a model on `device` ("cpu", "cuda") whose layers are Transformer Engine's or
     Megatron's own. It means Apex's kernel, and Megatron's own layers refuse to be made without it; Transformer Engine's
     need only `fuse_engine_layers`."""
-    return device == "cuda" and not uses_te and _has_apex_kernel()
+    return device == "cuda" and not uses_te and _found(APEX_GRADIENT_KERNEL)
 
 
 def fuse_engine_layers(chunks: Iterable[torch.nn.Module]) -> int:
@@ -58,16 +60,16 @@ def fuse_engine_layers(chunks: Iterable[torch.nn.Module]) -> int:
     return len(layers)
 
 
-def describe() -> str:
-    """For the start-up log: `Adam by torch, weight gradients not fused`."""
+def describe(device: str, uses_te: bool) -> str:
+    """For the start-up log, of a model on `device` whose layers are Transformer Engine's or not: `Adam by torch, weight
+    gradients not fused`."""
     gradients = "not fused"
-    if torch.cuda.is_available():
-        if importlib.util.find_spec("transformer_engine") is not None:
-            gradients = "fused by Transformer Engine"
-        elif _has_apex_kernel():
-            gradients = "fused by Apex"
+    if uses_te:
+        gradients = "fused by Transformer Engine"
+    elif gradient_accumulation_fusion(device, uses_te):
+        gradients = "fused by Apex"
     return f"Adam by {NAMES[adam()]}, weight gradients {gradients}"
 
 
-def _has_apex_kernel() -> bool:
-    return importlib.util.find_spec(APEX_GRADIENT_KERNEL) is not None
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -85,7 +85,7 @@ def row_loss(
     measured = {}
     if row.reference_logprobs_c is not None:
         away_c = row.reference_logprobs_c - logprobs_c
-        kl_c = away_c.exp() - away_c - 1
+        kl_c = away_c.expm1() - away_c  # never below 0, however near the two are
         measured["kl"] = kl_c.detach()
         objective = objective - settings.kl_coefficient * ratio * kl_c
     loss = -(objective * _token_weights(row, settings)).sum()

@@ -172,6 +172,7 @@ def _released(give_up: Callable[[], int]) -> int:
     free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
     give_up()
     torch.cuda.synchronize()
+    torch.cuda.ipc_collect()  # blocks that engines have had in hand
     torch.cuda.empty_cache()
     expected = free + reserved - torch.cuda.memory_reserved()
     end = time.monotonic() + RELEASE_TIMEOUT

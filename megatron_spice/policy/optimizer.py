@@ -126,17 +126,29 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], co
             continue
         groups = part.state_dict()["optimizer"]["param_groups"]
         part.load_state_dict({"optimizer": {"param_groups": [{**group, **steps} for group in groups]}})
-        put_aside = [
-            (entry, entry.pop("step")) for inner in _torch_adams(part) if inner is part.optimizer
-            for entry in inner.state.values()
-        ]  # fmt: skip
+        alone = [part.optimizer] if _is_torchs(part.optimizer) else []
+        put_aside = [(entry, entry.pop("step")) for inner in alone for entry in inner.state.values()]
         part.load_parameter_state_from_fully_reshardable((state if len(chain) == 1 else state[index])["param_state"])
         for entry, step in put_aside:
             entry["step"] = step
-        for inner in _torch_adams(part):
+        for inner in filter(_is_torchs, _adams(part)):
             for entry in inner.state.values():
                 entry["step"] = entry["step"].clone()
+        _hand_steps_down(part)
     _set_hyperparameters(optimizer, config)
+
+
+def _hand_steps_down(part: Any) -> None:
+    """Takes the count of steps out of the hybrid optimiser's groups, with which it overwrites those of its parts before every
+    step: a fused part would take the same step over and over."""
+    if not hasattr(part.optimizer, "sub_optimizers"):
+        return
+    steps = {group.pop("step") for group in part.optimizer.param_groups if "step" in group}
+    for inner in _adams(part):
+        for group in inner.param_groups:
+            group.pop("step", None)
+            if steps and not _is_torchs(inner):
+                group["step"] = max(steps)
 
 
 def _saved_steps(state: dict[str, Any]) -> dict[str, Any]:
@@ -147,26 +159,33 @@ def _saved_steps(state: dict[str, Any]) -> dict[str, Any]:
     return {"step": step for step in steps}
 
 
-def _torch_adams(part: Any) -> Iterator[torch.optim.Optimizer]:
-    """Torch's own Adams among the optimisers that do a part's work."""
-    for inner in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
-        if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
-            yield inner
+def _adams(part: Any) -> list[torch.optim.Optimizer]:
+    """The optimisers that do a part's work: itself, or with `policy.optimizer_offload` one for each device."""
+    return list(getattr(part.optimizer, "sub_optimizers", [part.optimizer]))
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Torch's own Adam, which counts each parameter's steps; a fused one counts its groups'."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _start_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its zero moments before the first step: Megatron cannot load into, or save, a state not there yet.
+    """Gives every Adam its zero moments before the first step: Megatron cannot load into, or save, a state not there yet, nor
+    can the host memory that the state sleeps in be taken once.
 
     The hybrid optimiser names its classes in its groups, which would be saved, and a file with classes is not loaded.
     """
     for part in parts_of(optimizer):
-        for inner in _torch_adams(part):
+        for inner in _adams(part):
+            own = _is_torchs(inner)
             for group in inner.param_groups:
-                group["fused"], group["foreach"] = True, False  # one pass over memory instead of a dozen
+                if own:
+                    group["fused"], group["foreach"] = True, False  # one pass over memory instead of a dozen
                 for parameter in group["params"]:
-                    step = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
                     moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    inner.state[parameter] = {"step": step, **moments}
+                    # The others count a group's steps, in the group.
+                    steps = {"step": torch.zeros((), device=parameter.device)} if own else {}
+                    inner.state[parameter] = steps | moments
         if hasattr(part.optimizer, "sub_optimizers"):
             part.optimizer._sync_sub_optimizers_state_to_hdo()
             for group in part.optimizer.param_groups:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from megatron_spice.policy.model_config import Backend
 from megatron_spice.policy.optimizer import SHARDING, build_optimizer, load_optimizer_state, wrap
 from megatron_spice.policy.packing import Cost, Row, num_tokens, plan_rows, split_steps
 from megatron_spice.policy.reference import Reference
+from megatron_spice.policy.row_mask import forget_rows
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
 from megatron_spice.weights.gather import Gatherer
 from megatron_spice.weights.load import load_hf
@@ -57,7 +59,7 @@ class Policy:
         self.device = torch.device("cpu") if topology.device == "cpu" else torch.device("cuda", topology.local_rank)
         self.layout = ParallelLayout.of(config.policy, architecture, topology.world_size)
         self.backend = backend or Backend.of(self.device)
-        precision.check_available(config.policy, self.device)
+        precision.check_available(config.policy, architecture, self.device)
         self.placement = parallel.initialize(self.layout, config.train.seed, config.cluster.timeout)
         self.optimizer_steps = config.train.optimizer_steps
         self.loss_length = config.policy.loss_length or max(
@@ -88,6 +90,9 @@ class Policy:
             parallel_state.get_pipeline_model_parallel_group(),
             parallel_state.get_expert_model_parallel_group(),
         )
+        self.rounded_weights = (
+            precision.rounded_weights(self.chunks, config.policy) if config.rollout.round_weights else {}
+        )
         self.sleeper = Sleeper(self.wrapped, self.optimizer, self.device, config.policy.sleep)
         self.reference: Reference | None = None
 
@@ -114,6 +119,12 @@ class Policy:
         """The current weights as whole Hugging Face tensors, bucket by bucket (see `weights/gather.py`)."""
         assert self.sleeper.weights_awake, "hf_buckets() while the weights are asleep"
         return self.gatherer.buckets(self.parameters)
+
+    def rollout_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What engines are to generate with: `hf_buckets`, but each weight as this policy's own products see it. An FP8 policy
+        rounds its weights, and engines that did not would sample from another one (`rollout.round_weights`)."""
+        assert self.sleeper.weights_awake, "rollout_buckets() while the weights are asleep"
+        return self.gatherer.buckets(self.parameters, self.rounded_weights)
 
     @property
     def hf_names(self) -> set[str]:
@@ -145,6 +156,7 @@ class Policy:
 
     def sleep(self, keep_weights: bool = True) -> dict[str, float]:
         """Gives memory up to the engines; the weights can stay until they have been sent. Returns metrics."""
+        forget_rows()
         return self.sleeper.sleep(keep_weights)
 
     def sleep_weights(self) -> dict[str, float]:
@@ -160,7 +172,7 @@ class Policy:
     def describe(self) -> str:
         """Layout, precision, fused parts and how memory is given up, on one line."""
         return "; ".join(
-            (self.layout.describe(), self.config.precision, fused.describe(), f"sleep: {self.sleeper.describe()}")
+            (self.layout.describe(), self.config.precision, fused.describe(self.device.type, self.backend.uses_te), f"sleep: {self.sleeper.describe()}")
         )
 
     def audit_lines(self) -> list[str]:
@@ -209,15 +221,21 @@ class Policy:
         probe = Trajectory("reasoner", tuple(token_ids[:1]), rest, (0.0,) * len(rest), advantage=0.0, reward=0.0)
         plan = plan_rows([probe], len(token_ids), 1, multiple=self._rows_multiple)
         [row, *others] = self._tensors(plan * self.layout.data)
-        sampling_temperature = self.chunks[-1].temperature
-        self.chunks[-1].temperature = 1.0
-        results = self._run([row, *others], forward_only=True)
-        self.chunks[-1].temperature = sampling_temperature
+        with self._at_temperature(1.0):
+            results = self._run([row, *others], forward_only=True)
         mine = dict(zip(row.place_c.tolist(), results[0]["logprobs"].tolist())) if results else {}
         everyone: list[dict[int, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         scores = {place: score for part in everyone for place, score in part.items()}
         return [scores[place] for place in range(len(rest))]
+
+    @contextmanager
+    def _at_temperature(self, temperature: float) -> Iterator[None]:
+        sampling, self.chunks[-1].temperature = self.chunks[-1].temperature, temperature
+        try:
+            yield
+        finally:
+            self.chunks[-1].temperature = sampling
 
     def _watch(self, trajectories: Sequence[Trajectory], settings: LossSettings) -> StepMetrics:
         """One row's worth of trajectories through the model, without learning from them."""

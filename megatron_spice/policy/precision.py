@@ -21,9 +21,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.fp8_needs import EMULATED, fp8_obstacles, version_of
+from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.policy.fp8_linear import Fp8Linear, Rounding
 from megatron_spice.policy.precision_audit import LayerPrecision, audit_lines
+from megatron_spice.weights.gather import Change
 
 __all__ = ["DTYPES", "LayerPrecision", "audit", "audit_lines"]
 
@@ -94,8 +96,8 @@ def token_multiple(config: PolicyConfig, uses_te: bool) -> int:
     return tokens * config.context_parallel_size * config.tensor_parallel_size
 
 
-def check_available(config: PolicyConfig, device: torch.device) -> None:
-    """Whether this machine can run the precision.
+def check_available(config: PolicyConfig, architecture: ModelArchitecture, device: torch.device) -> None:
+    """Whether this machine can run the precision with the model.
 
     Raises:
         ConfigError: it cannot; with all that is missing for it.
@@ -111,16 +113,36 @@ def check_available(config: PolicyConfig, device: torch.device) -> None:
         return
     version, broken = transformer_engine()
     problems = fp8_obstacles(fp8.recipe, version, torch.cuda.get_device_capability(device), torch.version.cuda)
+    problems += fp8_size_problems(config, architecture)
     if version and broken:
         problems.append(f"Transformer Engine {version} is installed and cannot be imported ({broken}): bash install.sh")
     if config.recompute == "selective" and "layernorm" in config.recompute_modules:
-        key = "policy.recompute_modules=layernorm with policy.precision=fp8"
-        if fp8.recipe == "delayed":
-            problems.append(f"{key} does not go with policy.fp8.recipe=delayed; give another recipe, or take layernorm out")
-        elif version and (version_of(version) or (0, 0)) < (2, 6):
-            problems.append(f"{key} needs Transformer Engine 2.6 or newer, found {version}; take layernorm out, or update")
+        if version and (version_of(version) or (0, 0)) < (2, 6):
+            problems.append(
+                "policy.recompute_modules=layernorm with policy.precision=fp8 needs Transformer Engine 2.6 or newer, found "
+                f"{version}; take layernorm out, or update"
+            )
     if problems:
         raise ConfigError(problems)
+
+
+def fp8_size_problems(config: PolicyConfig, architecture: ModelArchitecture) -> list[str]:
+    """Sides of matrices that Transformer Engine's FP8 products do not take (pytorch/utils.py, `assert_dim_for_fp8_exec`)."""
+    a, tensor = architecture, config.tensor_parallel_size
+    heads, keys = a.num_attention_heads * a.head_dim, 2 * a.num_query_groups * a.head_dim
+    sides = {
+        "hidden_size": a.hidden_size, "heads": heads // tensor, "queries, keys and values": (heads + keys) // tensor,
+    }  # fmt: skip
+    if a.num_experts is None:
+        sides["intermediate_size"] = a.ffn_hidden_size // tensor
+    else:
+        sides["moe_intermediate_size"] = a.expert_ffn_hidden_size
+    return [
+        f"policy.precision=fp8: a rank's {name} of {side} is no multiple of 16 (policy.tensor_parallel_size={tensor}); lower "
+        "policy.tensor_parallel_size, or give policy.precision=bf16"
+        for name, side in sides.items()
+        if side % 16
+    ]
 
 
 def assert_recipe_reached(model_config: Any, optimizer_config: Any, config: PolicyConfig, emulated: bool) -> None:
@@ -158,6 +180,24 @@ def prepare_layers(chunks: Sequence[torch.nn.Module], config: PolicyConfig) -> N
             elif config.precision == "fp8" and _is_engine_linear(module):
                 module.forwards = module.fp8_forwards = 0
                 module.register_forward_hook(_count)
+
+
+def rounded_weights(chunks: Sequence[torch.nn.Module], config: PolicyConfig) -> dict[tuple[int, str], Change]:
+    """How FP8 products round the weights that they read, by chunk and name; empty for `delayed`, whose factors are Transformer
+    Engine's and of the past. Transformer Engine's block-wise weights are the quantiser's (`weights/fp8.py`)."""
+    if config.precision != "fp8" or config.fp8.recipe not in EMULATED:
+        return {}
+    rounding, found = Rounding.of(config.fp8), {}
+    for index, chunk in enumerate(chunks):
+        for path, layer in _layers([chunk]):
+            if reason_for_bf16(config, layer.layer_number - 1, layer.config.num_layers):
+                continue
+            for name, module in layer.named_modules():
+                if isinstance(module, Fp8Linear) or _is_engine_linear(module):
+                    for own, parameter in module.named_parameters(recurse=False):
+                        if own.startswith("weight") and parameter.dim() == 2:
+                            found[index, f"{path}.{name}.{own}"] = rounding.weight
+    return found
 
 
 def _count(module: Any, inputs: Any, output: Any) -> None:

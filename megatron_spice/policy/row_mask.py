@@ -14,6 +14,7 @@ Shapes: q query tokens, k key tokens, m keys that a tile sees.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KEPT_ROWS = 64
 """More than the rows a rank has in flight in its pipeline stage."""
 
 Value = TypeVar("Value")
+_CACHES: weakref.WeakSet[RowCache[Any]] = weakref.WeakSet()
 
 
 def dense_mask(codes_q3: torch.Tensor, codes_k3: torch.Tensor) -> torch.Tensor:
@@ -105,6 +107,7 @@ class RowCache(Generic[Value]):
     def __init__(self, size: int = KEPT_ROWS) -> None:
         self.size = size
         self.kept: OrderedDict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, Value]] = OrderedDict()
+        _CACHES.add(self)
 
     def get(self, codes_q3: torch.Tensor, codes_k3: torch.Tensor, make: Callable[[], Value], *rest: Any) -> Value:
         """The value kept for these codes and `rest`, else what `make` returns."""
@@ -115,6 +118,12 @@ class RowCache(Generic[Value]):
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)
         return self.kept[key][2]
+
+
+def forget_rows() -> None:
+    """Empties all caches: between updates their rows' memory is for others."""
+    for cache in _CACHES:
+        cache.kept.clear()
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:

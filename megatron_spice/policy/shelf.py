@@ -31,6 +31,7 @@ class Shelf:
         self._sizes = [(storage, storage.nbytes()) for storage in storages.values()]
         total = sum(size for _, size in self._sizes)
         if total > self._host.numel():
+            self._host = self._host[:0].clone()  # the old memory goes first
             self._host = host_memory(total, pinned=self._device.type == "cuda")
         for storage, _, copy in self._with_copies():
             copy.copy_(_bytes_of(storage), non_blocking=True)

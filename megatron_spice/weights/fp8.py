@@ -4,8 +4,8 @@
     q                = round(x * scale), to the nearest FP8 number, ties to even, saturating
     scale_inv[block] = 1 / scale, so that x is about q * scale_inv
 
-There is one quantiser for everything: what the policy's emulated FP8 layers multiply, what the rollout engines are sent and
-what is written to disk. Two quantisers that differ in the last bit would make the trainer and the engines two policies.
+There is one quantiser for everything that is FP8 here: what the policy's emulated layers multiply, and what its engines are
+sent. Two quantisers that differ in the last bit would make the trainer and the engines two policies.
 
 The scale is Transformer Engine's (`compute_scale_from_amax` in common/recipe/recipe_common.cuh, recipe
 `Float8BlockScaling`), corner for corner:

@@ -12,7 +12,7 @@ every pipeline group one rank of each stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.weights.names import Entry, hf_shapes, merge_ranks, table
 from megatron_spice.weights.stage import Key, Stage
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +96,20 @@ class Gatherer:
         self.expert_group = expert_group
 
     @torch.no_grad()
-    def buckets(self, parameters: Mapping[Key, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    def buckets(
+        self, parameters: Mapping[Key, torch.Tensor], changes: Mapping[Key, Change] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Yields dictionaries of whole Hugging Face tensors: views of one flat buffer, valid until the next.
 
         Args:
             parameters: this rank's (`weights/stage.py` says under which keys).
+            changes: what is to be made of some of them before they are gathered.
         """
         sample = next(iter(parameters.values()))
         for bucket in self.plan:
             here = bucket.stage == self.stage.rank
             if here and bucket.expert_rank in (None, self.stage.expert_rank):
-                flat = self._merge(bucket, parameters)
+                flat = self._merge(bucket, parameters, changes or {})
             else:
                 flat = torch.empty(bucket.num_elements, dtype=sample.dtype, device=sample.device)
             if here and bucket.expert_rank is not None:
@@ -111,11 +117,14 @@ class Gatherer:
             _broadcast(flat, bucket.stage, self.pipeline_group)
             yield _views(flat, bucket.shapes)
 
-    def _merge(self, bucket: Bucket, parameters: Mapping[Key, torch.Tensor]) -> torch.Tensor:
+    def _merge(
+        self, bucket: Bucket, parameters: Mapping[Key, torch.Tensor], changes: Mapping[Key, Change]
+    ) -> torch.Tensor:
         """The bucket's tensors, one after the other, from slices of this stage."""
         tensors: dict[str, torch.Tensor] = {}
         for entry in bucket.entries:
-            mine = parameters[self.stage.key(entry, parameters)]
+            key = self.stage.key(entry, parameters)
+            mine = changes[key](parameters[key]) if key in changes else parameters[key]
             tensors.update(merge_ranks(entry, self._slices(entry, mine), self.architecture))
         return torch.cat([tensors[name].reshape(-1) for name in bucket.shapes])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ def run(jobs: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     here = topology.from_environment(platform.prepare("cpu"))
     with distributed.process_group(here, 120):
         return [globals()[name](**arguments) for name, arguments in jobs]
+
+
+def policies(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`in_layouts` of on_ranks.py. In jobs that say "float32" an FP8 policy computes in float32 what is not FP8, so that
+    another order of sums shows in few numbers, where bfloat16's would make many tip over to another FP8 one."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import on_ranks
+
+    def each() -> Iterator[dict[str, Any]]:
+        from megatron_spice.policy import precision
+
+        for job in jobs:
+            precision.DTYPES["fp8"] = torch.float32 if job.get("float32") else torch.bfloat16
+            yield job
+
+    return on_ranks.in_layouts(each())
 
 
 def linear(

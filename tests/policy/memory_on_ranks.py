@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,6 +35,20 @@ def make_policy(here: Any, model: Path, **policy: Any) -> Any:
     made = Policy(config, read_architecture(model), here)
     made.load_hf(model)
     return made
+
+
+def refusal(here: Any, model: Path, **policy: Any) -> str:
+    """What a recipe is refused with."""
+    from megatron_spice.config.errors import ConfigError
+    from megatron_spice.policy import parallel
+
+    try:
+        make_policy(here, model, **policy)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        parallel.shutdown()
+    return "taken"
 
 
 def contents(policy: Any) -> list[torch.Tensor]:
@@ -160,17 +178,23 @@ def _elements_on_host(policy: Any) -> tuple[int, int]:
 
 
 def recomputed(here: Any, model: Path, trajectories: list[Any], **policy: Any) -> dict[str, Any]:
-    """One update: the weights after it, and how often each kind of module ran forward."""
+    """One update: the weights after it, and how often each kind of module ran forward: those of a layer by their own name,
+    `layer` a whole one, `expert` the first linear layer of an expert."""
     made = make_policy(here, model, **policy)
     runs: dict[str, int] = {}
+    kinds = {
+        r"layers\.\d+": "layer", r"self_attention\.core_attention": "core_attention", r"mlp": "mlp", r"mlp\.router": "router",
+        r"mlp\.experts\.local_experts\.\d+\.linear_fc1": "expert",
+    }  # fmt: skip
 
     def count(kind: str) -> Any:
         return lambda *_: runs.update({kind: runs.get(kind, 0) + 1})
 
     for chunk in made.chunks:
         for name, module in chunk.named_modules():
-            if (kind := name.rpartition(".")[2]) in ("core_attention", "mlp"):
-                module.register_forward_hook(count(kind))
+            for pattern, kind in kinds.items():
+                if re.fullmatch(rf".*\b{pattern}", name):
+                    module.register_forward_hook(count(kind))
     result = {"update": made.update(trajectories), "runs": runs}
     result["weights"] = {name: t.float().numpy() for bucket in made.hf_buckets() for name, t in bucket.items()}
     made.close()
@@ -178,15 +202,17 @@ def recomputed(here: Any, model: Path, trajectories: list[Any], **policy: Any) -
 
 
 def optimizer_config(here: Any, model: Path, **policy: Any) -> dict[str, Any]:
-    """What Megatron's optimiser was told, and what its groups say after the first step."""
+    """What Megatron's optimiser and model were told, how the model's linear layers round, and what the optimiser's groups
+    say."""
     from megatron_spice.policy.optimizer import parts_of
-    from megatron_spice.policy.precision import transformer_settings
 
     made = make_policy(here, model, **policy)
-    config = parts_of(made.optimizer)[0].config
+    config, model_config = parts_of(made.optimizer)[0].config, made.chunks[0].config
+    linears = [m for chunk in made.chunks for m in chunk.decoder.modules() if hasattr(m, "rounding")]
     result = {
         "fp8_recipe": config.fp8_recipe,
-        "model_recipe": transformer_settings(made.config, emulated=False).get("fp8_recipe"),
+        "model": (model_config.fp8, model_config.fp8_recipe, model_config.bf16, str(model_config.params_dtype)),
+        "roundings": {(layer.rounding.tensorwise, layer.rounding.gradients) for layer in linears},
         "types": (config.bf16, str(config.params_dtype)),
         "parts": len(parts_of(made.optimizer)),
         "groups": [
@@ -199,29 +225,53 @@ def optimizer_config(here: Any, model: Path, **policy: Any) -> dict[str, Any]:
 
 
 def fused_parts(here: Any) -> dict[str, Any]:
-    """What is chosen here, and what would be with an Apex (a stand-in: NVIDIA's needs a GPU to be built)."""
-    import sys
-    from types import ModuleType
+    """What is chosen here, and which layers are told to add to the gradient buffers."""
+    from megatron_spice.policy import fused
 
+    result = {"here": _choices(), "described": fused.describe("cpu", uses_te=False)}
+    engine_layer, plain = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    engine_layer.fuse_wgrad_accumulation = False
+    result["engine_layers"] = fused.fuse_engine_layers([torch.nn.Sequential(engine_layer, plain)])
+    result["fused"] = engine_layer.fuse_wgrad_accumulation, hasattr(plain, "fuse_wgrad_accumulation")
+    return result
+
+
+def fused_choices_with_engine(folders: dict[str, Path]) -> dict[str, Any]:
+    """`fused_choices` in a process in which Megatron finds Transformer Engine's optimisers, and nothing else of it, when it is
+    imported (the preparation does that)."""
+    from megatron_spice.cluster import platform
+
+    name = "transformer_engine.pytorch.optimizers"
+    optimizers = sys.modules[name] = ModuleType(name)
+    for part in ("FusedAdam", "FusedSGD"):
+        setattr(optimizers, part, type(part, (torch.optim.AdamW,), {"__module__": name}))
+    platform.prepare("cpu")
+    return fused_choices(None, folders)
+
+
+def fused_choices(here: Any, folders: dict[str, Path]) -> dict[str, Any]:
+    """What is chosen as one folder of stand-ins after the other comes before all other modules. Leaves them there."""
+    found = {"nothing more": _choices()}
+    for what, folder in folders.items():
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+        for module in [module for module in sys.modules if module.split(".")[0] == "apex"]:
+            del sys.modules[module]
+        found[what] = _choices()
+    return found
+
+
+def _choices() -> dict[str, Any]:
+    """Whose Adam Megatron builds, the class's module in both places where it keeps it, and whether weight gradients are fused
+    on ("cpu", "cuda") without and with Transformer Engine."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_spice.policy import fused
 
-    result = {"here": fused.choose_adam(), "described": fused.describe()}
-    result["settings"] = [fused.gradient_accumulation_fusion(device, te) for device in ("cpu", "cuda") for te in (False, True)]
-    engine_layer, plain = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    engine_layer.fuse_wgrad_accumulation = False
-    result["engine_layers"] = fused.fuse_engine_layers([torch.nn.Sequential(engine_layer, plain)])
-    result["fused"] = engine_layer.fuse_wgrad_accumulation, hasattr(plain, "fuse_wgrad_accumulation")
-
-    before = optimizer.Adam, distrib_optimizer.Adam
-    sys.modules["apex"] = ModuleType("apex")  # PyPI's: nothing of NVIDIA's in it
-    result["wrong_apex"] = fused.choose_adam()
-    apex = ModuleType("apex.optimizers")
-    apex.FusedAdam = type("FusedAdam", (torch.optim.AdamW,), {"__module__": "apex.optimizers.fused_adam"})
-    sys.modules["apex.optimizers"] = apex
-    result["with_apex"] = fused.choose_adam(), optimizer.Adam is distrib_optimizer.Adam is apex.FusedAdam
-    del sys.modules["apex"], sys.modules["apex.optimizers"]
-    optimizer.Adam, distrib_optimizer.Adam = before
-    return result
+    return {
+        "adam": fused.choose_adam(),
+        "classes": {optimizer.Adam.__module__, distrib_optimizer.Adam.__module__},
+        "fusion": [fused.gradient_accumulation_fusion(device, te) for device in ("cpu", "cuda") for te in (False, True)],
+        "described": [fused.describe(device, uses_te=te) for device in ("cpu", "cuda") for te in (False, True)],
+    }

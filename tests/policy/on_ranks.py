@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def in_layouts(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A job: {"model": folder, "overrides": {room: {key: value}}, "trajectories": [...], "updates": n, "score": ids,
     "gather": bool, "save": folder, "load": folder, "sequences": bool (attention by sequence lengths),
-    "audit": bool}.
+    "rollout": bool, "audit": bool}. Gathered weights come back from rank 0, their digest and those of the ends of a tied embedding from all.
     """
     from megatron_spice.cluster import distributed, platform, topology
 
@@ -29,7 +30,10 @@ def in_layouts(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if before not in (None, degrees):
                 parallel.shutdown()
             before = degrees
-            results.append(_one(job, here))
+            try:
+                results.append(_one(job, here))
+            except Exception as error:
+                raise RuntimeError(f"in the job {Path(job['model']).parent.name}: {job.get('overrides')}") from error
         return results
 
 
@@ -68,14 +72,28 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
         torch.distributed.barrier()
         save_tensors(policy, weights, with_optimizer=True)
     if job.get("gather"):
-        result["weights"] = {
-            name: tensor.clone().numpy() for bucket in policy.hf_buckets() for name, tensor in bucket.items()
-        }
+        weights = {name: tensor.float().clone().numpy() for bucket in policy.hf_buckets() for name, tensor in bucket.items()}
+        result["digest"] = _digest(*(weights[name] for name in sorted(weights)))
+        result["embeddings"] = {(policy.placement.tensor_rank, digest) for digest in _embeddings(policy)}
+        if here.rank == 0:
+            result["weights"] = weights
+    if job.get("rollout"):
+        result["rollout_weights"] = {n: t.float().clone().numpy() for bucket in policy.rollout_buckets() for n, t in bucket.items()}
     if job.get("audit"):
         result["audit"] = policy.audit_lines()
     if job.get("updates_after"):
         result["updates"] += [policy.update(job["trajectories"]) for _ in range(job["updates_after"])]
     return result
+
+
+def _embeddings(policy: Any) -> list[str]:
+    """Digests of this rank's part of the embedding, and of what predicts with it if it is tied."""
+    ends = ("word_embeddings.weight", "output_layer.weight") if policy.architecture.tied_embeddings else ()
+    return [_digest(p.detach().float().numpy()) for (_, name), p in policy.parameters.items() if name.endswith(ends)]
+
+
+def _digest(*arrays: Any) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def _sequence_attention() -> type:

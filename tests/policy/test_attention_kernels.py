@@ -153,6 +153,8 @@ def test_what_was_made_of_a_row_is_kept_while_its_memory_is():
     assert cache.get(first, first, make) == 4
     places = {first.data_ptr(), second.data_ptr(), third.data_ptr()}
     assert len(places) == 3
+    row_mask.forget_rows()
+    assert not cache.kept and cache.get(first, first, make) == 5
 
 
 def test_flex_blocks_are_the_mask():

@@ -1,177 +1,192 @@
 """Any layout computes the same: Hugging Face's log-probabilities, one loss, one gradient, the same weights after three steps.
 
-All in float32 on gloo. Every layout runs every family that fits it. What must not matter besides runs with one family:
-small rows in every layout, other rows and recomputation in one of each kind.
+All in float32 on gloo, against one rank and one row, in rows so small that every rank has several that count. Every layout
+is compared with transformers for every family that fits it, and trained with a dense model and a mixture; every family is
+trained in one layout of each kind. What must not matter besides (other rows, sharing, recomputation) runs with one family in
+one layout of each kind; sharing with every family on one rank; all switches of the loss together in each kind and in some
+that combine them.
 """
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from layouts import CASES, LAYOUTS, MODELS, ROW, TRAINED_CASES, VARIANT_CASES, VARIANTS, Case
 from ranks import run_ranks
-from small_models import make_model, some_trajectories
+from small_models import VOCAB, make_model, some_trajectories
+
+from megatron_spice.policy.packing import make_blocks, num_tokens, num_unshared_tokens, pack_rows, plan_rows
 
 ON_RANKS = Path(__file__).with_name("on_ranks.py")
 IDS = [7, 3, 150, 202, 9, 9, 41, 0, 77, 121, 5]
-TRAJECTORIES = some_trajectories()
+LONG_IDS = [(7 * index) % VOCAB for index in range(200)]  # far enough for rope scaling to show
+# The engine's log-probabilities are about those of a model that knows nothing.
+_RNG = random.Random(1)
+TRAJECTORIES = [replace(t, logprobs=tuple(_RNG.uniform(-10, -3) for _ in t.logprobs)) for t in some_trajectories(groups=7)]
+LEARNED = [trajectory for trajectory in TRAJECTORIES if trajectory.advantage]
 STEPS = 3
+JOBS_A_START = 60
+METRICS = (
+    "policy/loss", "policy/grad_norm", "policy/entropy", "policy/kl", "drift/mean", "policy/completion_tokens",
+    "policy/clipped", "policy/dual_clipped", "policy/capped",
+)  # fmt: skip
 
-DENSE = ["llama-tied", "llama", "qwen2-tied", "qwen3"]
-MODELS = {
-    "llama-tied": dict(family="llama", tied=True),
-    "llama": dict(family="llama", tied=False),
-    "qwen2-tied": dict(family="qwen2", tied=True),
-    "qwen3": dict(family="qwen3", tied=False),
-    "qwen3_moe": dict(family="qwen3_moe", tied=False),
-    "llama-5-layers": dict(family="llama", tied=True, num_hidden_layers=5),
-}
-MODELS |= {f"{name}-4-groups": {**MODELS[name], "num_key_value_heads": 4} for name in [*DENSE, "qwen3_moe"]}
-ALL = [*DENSE, "qwen3_moe"]
-MOE = ["qwen3_moe"]
-
-TP2, TP4 = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
-PP2, PP4 = {"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 4}
-CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
-EP2, EP4 = {"expert_parallel_size": 2}, {"expert_parallel_size": 4}
-VP2 = {"virtual_pipeline_size": 2}
-NO_SP = {"sequence_parallel": False}
-# name -> (ranks, policy settings, models)
-LAYOUTS = {
-    "one": (1, {}, list(MODELS)),
-    "tp2": (2, TP2 | NO_SP, DENSE),
-    "tp2+sp": (2, TP2, ALL),
-    "pp2": (2, PP2, ALL),
-    "pp2 uneven": (2, PP2 | {"pipeline_layers": [1, 3]}, ALL),
-    "pp2 vp2": (2, PP2 | VP2, ALL),
-    "pp2 vp2 uneven": (2, PP2 | VP2, ["llama-5-layers"]),
-    "cp2": (2, CP2, ALL),
-    "dp2": (2, {}, ALL),
-    "ep2": (2, EP2, MOE),
-    "tp4+sp": (4, TP4, [f"{name}-4-groups" for name in ALL]),
-    "pp4": (4, PP4, ALL),
-    "pp4 uneven": (4, PP4, ["llama-5-layers"]),
-    "cp4": (4, CP4, ALL),
-    "dp4": (4, {}, ALL),
-    "tp2 pp2": (4, TP2 | PP2 | NO_SP, DENSE),
-    "tp2+sp pp2": (4, TP2 | PP2, ALL),
-    "tp2+sp pp2 vp2": (4, TP2 | PP2 | VP2, ALL),
-    "tp2+sp cp2": (4, TP2 | CP2, ALL),
-    "tp2+sp dp2": (4, TP2, ALL),
-    "pp2 cp2": (4, PP2 | CP2, ALL),
-    "pp2 dp2": (4, PP2, ALL),
-    "pp2 vp2 cp2": (4, PP2 | VP2 | CP2, DENSE[:1]),
-    "pp2 vp2 dp2": (4, PP2 | VP2, DENSE[:1]),
-    "cp2 dp2": (4, CP2, ALL),
-    "ep4": (4, EP4, MOE),
-    "ep2 dp4": (4, EP2, MOE),
-    "ep2 pp2": (4, EP2 | PP2, MOE),
-    "ep2 tp2+sp": (4, EP2 | TP2, MOE),
-    "ep4 tp2+sp": (4, EP4 | TP2, MOE),
-    "ep2 cp2": (4, EP2 | CP2, MOE),
-    "ep2 pp2 vp2": (4, EP2 | PP2 | VP2, MOE),
-}
-CASES = [(layout, model) for layout, (_, _, models) in LAYOUTS.items() for model in models]
-
-VARIANT_MODEL = "llama-tied"
-VARIANTS = {
-    "small rows": {"tokens_per_microbatch": 24},
-    "one row": {"tokens_per_microbatch": 4096},
-    "unshared": {"shared_prefix": False},
-    "sequence lengths": {"shared_prefix": False, "tokens_per_microbatch": 50},
-    "full recompute": {"recompute": "full"},
-    "recomputed attention": {"recompute": "selective"},
-    "penalty": {"kl_coefficient": 0.5},
-}
-OF_EACH_KIND = {"one", "tp2+sp", "pp2", "pp2 vp2", "cp2", "dp2", "tp2+sp pp2", "tp2+sp cp2", "pp2 cp2"}
-VARIANT_CASES = [
-    (layout, variant) for layout, (_, _, models) in LAYOUTS.items() for variant in VARIANTS
-    if VARIANT_MODEL in models and (layout in OF_EACH_KIND or variant == "small rows")
-]  # fmt: skip
-JOBS_A_START = 40
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all ranks
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make_model(tmp_path_factory.mktemp("model") / "hf", **options) for name, options in MODELS.items()}
+    return {name: make_model(tmp_path_factory.mktemp(name) / "hf", **options) for name, options in MODELS.items()}
 
 
 @pytest.fixture(scope="session")
-def results(models: dict[str, Path]) -> dict[tuple[str, str, str | None], dict]:
-    """(layout, model, variant) -> what rank 0 saw; one start of the ranks for many jobs of a size."""
+def before(models: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
+    from safetensors.torch import load_file
+
+    return {name: {n: t.numpy() for n, t in load_file(folder / "model.safetensors").items()} for name, folder in models.items()}
+
+
+@pytest.fixture(scope="session")
+def results(models: dict[str, Path]) -> dict[Case, list[dict]]:
+    """What each rank saw of every case; one start of the ranks for many jobs of a size."""
     found = {}
-    for size in (1, 2, 4):
-        keys = [(layout, model, None) for layout, model in CASES if LAYOUTS[layout][0] == size]
-        keys += [(layout, VARIANT_MODEL, variant) for layout, variant in VARIANT_CASES if LAYOUTS[layout][0] == size]
-        keys.sort(key=lambda key: str(sorted(LAYOUTS[key[0]][1].items())))  # jobs of a layout share its process groups
-        jobs = [_job(models[model], LAYOUTS[layout][1], variant) for layout, model, variant in keys]
+    for size in sorted({ranks for ranks, _, _ in LAYOUTS.values()}):
+        cases = [case for case in (*CASES, *VARIANT_CASES) if LAYOUTS[case.layout][0] == size]
+        cases.sort(key=lambda case: str(sorted(LAYOUTS[case.layout][1].items())))  # jobs of a layout share its process groups
+        jobs = [_job(models[case.model], case) for case in cases]
         for start in range(0, len(jobs), JOBS_A_START):
             part = slice(start, start + JOBS_A_START)
-            found.update(zip(keys[part], run_ranks(size, ON_RANKS, "in_layouts", jobs[part])[0]))
+            found.update(zip(cases[part], zip(*run_ranks(size, ON_RANKS, "in_layouts", jobs[part], timeout=600))))
     return found
 
 
-def _job(model: Path, layout: dict, variant: str | None) -> dict:
+def _job(model: Path, case: Case) -> dict:
+    overrides = {"policy": {**LAYOUTS[case.layout][1], "tokens_per_microbatch": _row_tokens(case)}}
+    for room, settings in VARIANTS[case.variant].items():
+        overrides[room] = overrides.get(room, {}) | settings
     # With a large eps Adam's step is smooth in the gradient: with a small one it is the gradient's sign, which for a
     # gradient that is rounding noise around zero may be either.
-    settings = {**layout, **VARIANTS.get(variant, {}), "adam_eps": 1e-3}
-    return {"model": model, "overrides": {"policy": settings}, "score": IDS, "trajectories": TRAJECTORIES, "updates": STEPS,
-            "gather": True, "sequences": variant == "sequence lengths"}  # fmt: skip
+    overrides["policy"] |= {"adam_eps": 1e-3}
+    trained = case in TRAINED_CASES or case in VARIANT_CASES
+    return {"model": model, "overrides": overrides, "score": _scored(case.model), "trajectories": TRAJECTORIES,
+            "updates": STEPS if trained else 0, "gather": True, "sequences": case.variant == "sequence lengths"}  # fmt: skip
 
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks
+def _row_tokens(case: Case) -> int:
+    small = case.layout != "one"
+    return VARIANTS[case.variant].get("policy", {}).get("tokens_per_microbatch", ROW if small else 4096)
 
 
-@pytest.mark.parametrize("layout, model", CASES)
-def test_log_probabilities_are_transformers(results, models, layout, model):
-    ours = torch.tensor(results[layout, model, None]["score"])
-    assert (ours - _transformers_logprobs(models[model])).abs().max() < 1e-4
+def _scored(model: str) -> list[int]:
+    return LONG_IDS if "scaled" in model else IDS
 
 
-@pytest.mark.parametrize("layout, model", CASES)
-def test_three_steps_are_the_same_in_every_layout(results, layout, model):
-    _check_same(results[layout, model, None], results["one", model, None])
+@pytest.mark.parametrize("layout", [name for name, (ranks, _, _) in LAYOUTS.items() if ranks > 1])
+def test_every_rank_has_rows_that_count(layout):
+    """What the other tests would prove little without: no idle data-parallel rank, more micro-batches than stages."""
+    ranks, settings, _ = LAYOUTS[layout]
+    stages = settings.get("pipeline_parallel_size", 1)
+    data = ranks // stages // settings.get("tensor_parallel_size", 1) // settings.get("context_parallel_size", 1)
+    for share in plan_rows(LEARNED, ROW, data):
+        assert sum(map(bool, share)) > stages
 
 
-@pytest.mark.parametrize("layout, variant", VARIANT_CASES)
-def test_rows_sharing_and_recomputation_change_nothing(results, layout, variant):
-    _check_same(results[layout, VARIANT_MODEL, variant], results["one", VARIANT_MODEL, None if variant != "penalty" else variant])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_log_probabilities_are_transformers(results, models, case):
+    ours, theirs = torch.tensor(results[case][0]["score"]), _transformers_logprobs(models[case.model], case.model)
+    assert (ours - theirs).abs().max() < 1e-4
 
 
-def _check_same(result: dict, reference: dict) -> None:
-    assert len(result["updates"]) == len(reference["updates"]) == STEPS
-    for update, expected in zip(result["updates"], reference["updates"]):
-        assert expected["policy/grad_norm"] > 0.01
-        assert update.keys() == expected.keys()
-        for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "drift/mean", "policy/completion_tokens", "policy/kl"):
-            if name in expected:
-                assert update[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
-    assert result["weights"].keys() == reference["weights"].keys()
-    for name, weight in reference["weights"].items():
-        assert np.abs(result["weights"][name] - weight).max() <= 1e-4 * np.abs(weight).max(), name
+def test_rope_scaling_is_not_without_effect(results, models, tmp_path):
+    """Otherwise a layout that forgot it would pass."""
+    plain = make_model(tmp_path / "hf", **MODELS["llama-scaled"] | {"rope_scaling": False, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500000.0}})  # fmt: skip
+    scaled = torch.tensor(results[Case("one", "llama-scaled")][0]["score"])
+    assert (scaled - _transformers_logprobs(plain, "llama-scaled")).abs().max() > 1e-2
 
 
-def _transformers_logprobs(folder: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([IDS])).logits[0]
-    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=str)
+def test_three_steps_are_the_same_in_every_layout(results, before, case):
+    _check_same(results, before, case, Case("one", case.model))
 
 
-def test_three_steps_move_every_weight(results, models):
-    """Otherwise equal weights would prove little."""
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("case", VARIANT_CASES, ids=str)
+def test_rows_sharing_recomputation_and_switches_are_the_same(results, before, case):
+    variant = case.variant if case.variant == "every switch" else ""
+    _check_same(results, before, case, Case("one", case.model, variant))
 
-    for name in ALL:
-        before = load_file(models[name] / "model.safetensors")
-        for weight, after in results["one", name, None]["weights"].items():
-            assert np.abs(after - before[weight].numpy()).max() > 1e-3 * np.abs(after).max(), f"{name}: {weight}"
+
+def _check_same(results: dict, before: dict, case: Case, reference: Case) -> None:
+    """Metrics to 1e-4; every weight to 1e-4 of its size, and to 1e-3 of the way it has gone since the start."""
+    result, expected = results[case][0], results[reference][0]
+    assert len(result["updates"]) == len(expected["updates"]) == STEPS
+    for update, wanted in zip(result["updates"], expected["updates"]):
+        assert update.keys() == wanted.keys()
+        assert wanted["policy/grad_norm"] > 0.01
+        for name in METRICS:
+            if name in wanted:
+                assert update[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-7), name
+    assert result["weights"].keys() == expected["weights"].keys()
+    steps = {name: np.linalg.norm(weight - before[case.model][name]) for name, weight in expected["weights"].items()}
+    noise = 1e-5 * np.linalg.norm(list(steps.values()))
+    for name, weight in expected["weights"].items():
+        difference = result["weights"][name] - weight
+        assert np.abs(difference).max() <= 1e-4 * np.abs(weight).max(), name
+        assert np.linalg.norm(difference) <= 1e-3 * steps[name] + noise, name
+
+
+@pytest.mark.parametrize("case", [*CASES, *VARIANT_CASES], ids=str)
+def test_all_ranks_agree(results, case):
+    """On metrics, on the gathered weights, and on both ends of a tied embedding, bit for bit."""
+    ranks = results[case]
+    for rank in ranks:
+        assert rank["updates"] == ranks[0]["updates"] and rank["digest"] == ranks[0]["digest"]
+    ends = set().union(*(rank["embeddings"] for rank in ranks))
+    tensor = LAYOUTS[case.layout][1].get("tensor_parallel_size", 1)
+    assert len(ends) == (tensor if "-tied" in case.model else 0)
+
+
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=str)
+def test_tokens_computed_are_those_of_the_plan(results, case):
+    rows = pack_rows(make_blocks(LEARNED, _row_tokens(case), shared_prefix=True), _row_tokens(case))
+    computed, unshared = sum(map(num_tokens, rows)), sum(map(num_unshared_tokens, rows))
+    for update in results[case][0]["updates"]:
+        assert update["policy/tokens"] == computed
+        assert update["policy/prefix_saving"] == pytest.approx(unshared / computed)
 
 
 def test_sharing_saves_tokens(results):
-    shared, unshared = (results["one", VARIANT_MODEL, name]["updates"][0] for name in (None, "unshared"))
-    assert shared["policy/tokens"] < unshared["policy/tokens"]
+    shared, unshared = (results[Case("one", "llama-tied", name)][0]["updates"][0] for name in ("", "unshared"))
+    assert shared["policy/tokens"] < unshared["policy/tokens"] and unshared["policy/prefix_saving"] == 1.0
     assert shared["policy/prefix_saving"] == pytest.approx(unshared["policy/tokens"] / shared["policy/tokens"])
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3_moe"])
+def test_every_switch_does_something(results, model):
+    *_, update = results[Case("one", model, "every switch")][0]["updates"]
+    assert update["policy/optimizer_steps"] == 2 and update["policy/kl"] > 1e-3
+    for name in ("policy/clipped", "policy/dual_clipped", "policy/capped"):
+        assert 0 < update[name] < 1, name
+
+
+def test_three_steps_move_every_weight(results, before):
+    """Otherwise equal weights would prove little. Of the experts all but the few that no token is sent to."""
+    for name in MODELS:
+        weights = results[Case("one", name)][0]["weights"]
+        still = [w for w, after in weights.items() if np.abs(after - before[name][w]).max() <= 1e-3 * np.abs(after).max()]
+        experts = [weight for weight in weights if ".experts." in weight]
+        assert set(still) <= set(experts) and len(still) <= 0.1 * len(experts), f"{name}: {still}"
+
+
+def _transformers_logprobs(folder: Path, model: str) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([_scored(model)])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[0]
+    return logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]

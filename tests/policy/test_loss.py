@@ -79,6 +79,13 @@ def test_the_penalty_for_moving_away():
     assert logprobs.grad.tolist() == pytest.approx([0.25 * 2.0 * -math.log(2.0), 0.0, 0.25 * 2.0 * math.log(2.0)])
 
 
+@given(st.floats(-1e-3, 1e-3))
+def test_the_divergence_is_never_negative(away):
+    row = _row((0.0, (-1.0,)))
+    row.reference_logprobs_c = torch.tensor([-1.0 + away])
+    assert row_loss(torch.tensor([-1.0]), torch.zeros(1), row, LossSettings(None, None))[1]["kl"].item() >= 0
+
+
 def test_without_a_reference_nothing_is_measured():
     row = _row((1.0, (-1.0,)))
     assert "kl" not in row_loss(torch.zeros(1), torch.zeros(1), row, LossSettings(None, None, kl_coefficient=2.0))[1]

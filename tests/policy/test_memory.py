@@ -107,33 +107,57 @@ def test_host_copies_are_made_once_and_views_stay_valid():
 @pytest.mark.parametrize("family, modules, again", [
     ("qwen3", ["core_attn"], ["core_attention"]),
     ("qwen3", ["core_attn", "mlp"], ["core_attention", "mlp"]),
-    ("qwen3_moe", ["moe"], []),
+    ("qwen3_moe", ["moe"], ["router", "expert"]),
+    ("qwen3_moe", ["core_attn", "moe"], ["core_attention", "router", "expert"]),
 ])  # fmt: skip
 def test_selective_recomputation_changes_nothing(recomputations, family, modules, again):
-    plain, selective = recomputations[family, ()], recomputations[family, tuple(modules)]
-    assert selective["update"]["policy/grad_norm"] == pytest.approx(plain["update"]["policy/grad_norm"], rel=1e-6)
+    """What is recomputed runs twice, all else once."""
+    _check_recomputed(recomputations[family, tuple(modules)], recomputations[family, ()], again)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_full_recomputation_changes_nothing(recomputations, family):
+    """Every layer runs twice, with all that is in it."""
+    plain = recomputations[family, ()]
+    _check_recomputed(recomputations[family, ("full",)], plain, list(plain["runs"]))
+
+
+def _check_recomputed(result: dict, plain: dict, again: list[str]) -> None:
+    assert result["update"]["policy/grad_norm"] == pytest.approx(plain["update"]["policy/grad_norm"], rel=1e-6)
     for name, weight in plain["weights"].items():
-        np.testing.assert_allclose(selective["weights"][name], weight, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(result["weights"][name], weight, atol=1e-6, err_msg=name)
+    assert set(again) <= plain["runs"].keys()
     for kind, times in plain["runs"].items():
-        assert selective["runs"][kind] == times * (2 if kind in again else 1), kind
+        assert result["runs"][kind] == times * (2 if kind in again else 1), kind
+
+
+def test_what_is_counted_is_there(recomputations):
+    """4 layers, each with 8 experts in the mixture; as many forwards as rows."""
+    dense, mixture = recomputations["qwen3", ()]["runs"], recomputations["qwen3_moe", ()]["runs"]
+    rows = dense["layer"] // 4
+    assert rows > 0 and dense == {"layer": 4 * rows, "core_attention": 4 * rows, "mlp": 4 * rows}
+    assert mixture == {**dense, "router": 4 * rows, "expert": 8 * 4 * rows}
 
 
 @pytest.fixture(scope="module")
 def recomputations(model, mixture):
+    """(family, modules) -> one update with these recomputed; () for none, ("full",) for whole layers."""
+    settings = {(): {}, ("full",): {"recompute": "full"}}
     jobs = {
         (family, modules): ("recomputed", {
             "model": folder, "trajectories": some_trajectories(),
-            **({"recompute": "selective", "recompute_modules": list(modules)} if modules else {}),
+            **settings.get(modules, {"recompute": "selective", "recompute_modules": list(modules)}),
         })
         for family, folder, choices in [
-            ("qwen3", model, [(), ("core_attn",), ("core_attn", "mlp")]), ("qwen3_moe", mixture, [(), ("moe",)]),
+            ("qwen3", model, [("core_attn",), ("core_attn", "mlp")]),
+            ("qwen3_moe", mixture, [("moe",), ("core_attn", "moe")]),
         ]
-        for modules in choices
+        for modules in [*settings, *choices]
     }  # fmt: skip
-    return dict(zip(jobs, run_ranks(1, ON_RANKS, "in_turn", list(jobs.values()))[0]))
+    norms = {"recompute": "selective", "recompute_modules": ["layernorm"]}
+    jobs["qwen3", "refused"] = ("refusal", {"model": model, **norms})
+    return dict(zip(jobs, run_ranks(1, ON_RANKS, "in_turn", list(jobs.values()))[0], strict=True))
 
 
-def test_norms_of_a_dense_model_are_not_recomputed(model):
-    job = {"model": model, "trajectories": [], "recompute": "selective", "recompute_modules": ["layernorm"]}
-    with pytest.raises(AssertionError, match="recompute_modules=layernorm"):
-        run_ranks(1, ON_RANKS, "in_turn", [("recomputed", job)])
+def test_norms_of_a_dense_model_are_not_recomputed(recomputations):
+    assert "recompute_modules has layernorm" in recomputations["qwen3", "refused"]

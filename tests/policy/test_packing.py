@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spice.game.records import Trajectory
-from megatron_spice.policy.packing import Cost, make_blocks, num_tokens, num_unshared_tokens, plan_rows, row_cost, split_steps
+from megatron_spice.policy.packing import (
+    Cost,
+    deal_rows,
+    make_blocks,
+    num_tokens,
+    num_unshared_tokens,
+    pack_rows,
+    plan_rows,
+    row_cost,
+    split_steps,
+)
 
 prompts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4, unique=True)
 
@@ -35,6 +45,47 @@ def test_every_trajectory_is_planned_once_on_equally_many_rows(batch, budget, ra
     for row in (row for rows in plan for row in rows):
         alone = len(row) == 1 and len(row[0].trajectories) == 1
         assert num_tokens(row) <= budget or alone
+
+
+@given(batches(), st.integers(1, 40), st.booleans())
+def test_rows_are_dense(batch, budget, shared):
+    """First fit: no block of a row has room in an earlier one, so no two rows could be one within the budget."""
+    blocks = make_blocks(batch, budget, shared)
+    rows = pack_rows(blocks, budget)
+    assert Counter(block for row in rows for block in row) == Counter(blocks) and all(rows)
+    for index, row in enumerate(rows):
+        for earlier in map(num_tokens, rows[:index]):
+            assert earlier + num_tokens(row) > budget
+            assert all(earlier + block.num_tokens > budget for block in row)
+
+
+costs = st.builds(Cost, st.floats(0.1, 10), st.floats(0, 1), st.floats(0, 10))
+
+
+@given(batches(), st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), costs)
+def test_no_rank_is_far_above_the_mean(batch, budget, ranks, multiple, cost):
+    """The classic bound of dealing the costliest first to the least loaded, and the reason for it: with all of a rank's rows
+    but its cheapest, which came last, no other rank had less than that one. Dealing in turn keeps the bound but not the
+    reason."""
+    rows = pack_rows(make_blocks(batch, budget, shared_prefix=True), budget)
+    plan = deal_rows(rows, ranks, cost, multiple)
+    assert Counter(row for share in plan for row in share if row) == Counter(rows)
+    shares = [[row_cost(row, cost) for row in share if row] for share in plan]
+    loads = [sum(share) for share in shares]
+    largest = max(row_cost(row, cost) for row in rows)
+    assert max(loads) <= (sum(loads) / ranks + largest * (1 - 1 / ranks)) * (1 + 1e-9)
+    for share, load in zip(shares, loads):
+        assert load - min(share, default=0) <= min(loads) + 1e-9 * max(loads)
+
+
+@given(batches(), st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
+def test_ranks_run_as_many_rows_and_no_more_than_needed(batch, budget, ranks, multiple):
+    """Equally many, a multiple; empty ones come last, and fewer than a multiple on the rank that has most."""
+    plan = plan_rows(batch, budget, ranks, multiple=multiple)
+    [count] = {len(share) for share in plan}
+    filled = [sum(map(bool, share)) for share in plan]
+    assert count % multiple == 0 and 0 <= count - max(filled) < multiple
+    assert all(all(share[:number]) and not any(share[number:]) for share, number in zip(plan, filled))
 
 
 @given(batches(), st.integers(1, 40))
