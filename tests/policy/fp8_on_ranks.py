@@ -129,13 +129,15 @@ def policy(model: Path, settings: dict[str, Any], trajectories: list[Any]) -> di
 
 def settings(**policy: Any) -> dict[str, Any]:
     """What Megatron is told for a precision, with and without Transformer Engine, and what is asked of rows and machine."""
+    from small_models import DENSE
+
     from megatron_spice.config.errors import ConfigError
     from megatron_spice.config.schema import PolicyConfig
     from megatron_spice.policy import precision
 
     config = PolicyConfig.model_validate({"model": "/nowhere", **policy})
     try:
-        precision.check_available(config, torch.device("cpu"))
+        precision.check_available(config, DENSE, torch.device("cpu"))
         problem = ""
     except ConfigError as error:
         problem = str(error)
@@ -146,6 +148,7 @@ def settings(**policy: Any) -> dict[str, Any]:
         "tokens": (precision.token_multiple(config, uses_te=False), precision.token_multiple(config, uses_te=True)),
         "dtype": precision.DTYPES[config.precision],
         "problem": problem,
+        "sizes": precision.fp8_size_problems(config, DENSE),
     }
 
 

@@ -139,13 +139,13 @@ def offloaded(
     """Two updates, a save, a load into a fresh policy, and one more update of it; with the optimiser offloaded or not."""
     from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
 
-    made = _make_offloaded(here, model, sleep=sleep, **policy)
+    made = make_offloaded(here, model, sleep=sleep, **policy)
     result = {"offloaded": _elements_on_host(made), "updates": [made.update(trajectories) for _ in range(2)]}
     made.sleep(keep_weights=False)
     made.wake()
     save_tensors(made, folder, with_optimizer=True)
     made.close()
-    again = _make_offloaded(here, model, sleep=sleep, **policy)
+    again = make_offloaded(here, model, sleep=sleep, **policy)
     with HostAsDevice():
         load_tensors(again, folder.parent, with_optimizer=True)
     result["updates"].append(again.update(trajectories))
@@ -154,7 +154,7 @@ def offloaded(
     return result
 
 
-def _make_offloaded(here: Any, model: Path, **policy: Any) -> Any:
+def make_offloaded(here: Any, model: Path, **policy: Any) -> Any:
     with HostAsDevice():
         made = make_policy(here, model, precision="bf16", **policy)
     step = made.optimizer.step

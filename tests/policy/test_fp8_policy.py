@@ -39,7 +39,8 @@ VP2 = PP2 | {"virtual_pipeline_size": 2}
 LAYOUTS = {"pp2": PP2, "pp2 vp2": VP2, "ep2": {"expert_parallel_size": 2}}
 
 SIZES = {
-    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.075,
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "initializer_range": 0.075,
 }  # fmt: skip
 MANY = some_trajectories(groups=10)
 ROW = 32  # tokens a row where there are two ranks

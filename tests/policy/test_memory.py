@@ -160,4 +160,4 @@ def recomputations(model, mixture):
 
 
 def test_norms_of_a_dense_model_are_not_recomputed(recomputations):
-    assert "recompute_modules has layernorm" in recomputations["qwen3", "refused"]
+    assert "policy.recompute_modules=layernorm is for mixtures" in recomputations["qwen3", "refused"]

@@ -127,7 +127,8 @@ def test_cost_counts_tokens_pairs_and_predictions(batch, budget):
 
 
 def test_a_long_sequence_costs_more_than_as_many_tokens_in_short_ones():
-    batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate([90, 31, 29, 29])]
+    lengths = [90, 31, 29, 29]
+    batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate(lengths)]
     plan = plan_rows(batch, 1, 2, cost=Cost(1.0, 1.0))
     assert [len([row for row in rows if row]) for rows in plan] == [1, 3]
 

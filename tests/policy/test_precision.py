@@ -243,6 +243,13 @@ def test_a_recipe_that_is_not_emulated_is_refused(alone):
     assert alone["settings", "blockwise"]["problem"] == alone["settings", "bf16"]["problem"] == ""
 
 
+def test_sizes_that_fp8_products_do_not_take_are_named(alone):
+    """Of a model 24 wide, 48 in its heads, 96 with keys and values, and 40 inside; TP=2 makes 24 of the 48."""
+    assert "hidden_size of 24" in alone["settings", "blockwise"]["sizes"][0]
+    assert "intermediate_size of 40" in alone["settings", "blockwise"]["sizes"][1]
+    assert "heads of 24" in " ".join(alone["settings", "TP"]["sizes"])
+
+
 def test_a_recipe_that_did_not_reach_megatron_is_noticed(alone):
     model, optimizer = alone["forgotten"]
     assert "TransformerConfig.fp8_recipe is delayed" in model and "OptimizerConfig.fp8_recipe is None" in optimizer
