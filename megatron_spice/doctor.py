@@ -145,7 +145,8 @@ def _apex() -> Finding:
     if apex.state == "nvidia":
         return Finding("Apex", "ok", apex.version or "found, version unknown")
     if apex.state == "unbuilt":
-        return Finding("Apex", "wrong", "NVIDIA's, built without its CUDA extensions: not used", f"build it anew with them. {APEX_REMEDY}")
+        value = "NVIDIA's, built without its CUDA extensions: not used"
+        return Finding("Apex", "wrong", value, f"build it anew with them. {APEX_REMEDY}")
     if apex.state == "wrong":
         return Finding(
             "Apex",

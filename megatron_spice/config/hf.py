@@ -192,7 +192,9 @@ def _unsupported_experts(config: dict[str, Any], architecture: ModelArchitecture
         problems.append(f"{source}: decoder_sparse_step={config['decoder_sparse_step']} is not supported; supported: 1")
     chosen, experts = architecture.experts_per_token, architecture.num_experts
     if chosen > experts:
-        problems.append(f"{source}: num_experts_per_tok={chosen} is more than num_experts={experts}; copy the file again from the model's source")
+        problems.append(
+            f"{source}: num_experts_per_tok={chosen} is more than num_experts={experts}; copy the file again from the model's source"
+        )
     if chosen == 1 and architecture.normalize_expert_weights:
         problems.append(
             f"{source}: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert's weight is always 1, "

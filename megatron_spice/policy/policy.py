@@ -171,9 +171,8 @@ class Policy:
 
     def describe(self) -> str:
         """Layout, precision, fused parts and how memory is given up, on one line."""
-        return "; ".join(
-            (self.layout.describe(), self.config.precision, fused.describe(self.device.type, self.backend.uses_te), f"sleep: {self.sleeper.describe()}")
-        )
+        parts = fused.describe(self.device.type, self.backend.uses_te)
+        return "; ".join((self.layout.describe(), self.config.precision, parts, f"sleep: {self.sleeper.describe()}"))
 
     def audit_lines(self) -> list[str]:
         """What of this rank's layers ran in FP8, and what did not and why."""
