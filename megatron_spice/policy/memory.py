@@ -1,4 +1,4 @@
-"""Device memory: what the policy gives up while the engines play, and what it computes again instead of keeping.
+"""Device memory: what the policy gives up while the engines play.
 
 Sleeping takes the storages away from under the tensors (`shelf.py`), so nothing has to be rebuilt, and the code is the
 same on every device. What torch then holds of freed memory goes back to the driver, and sleeping ends when the driver
@@ -9,13 +9,11 @@ shows it as free.
 
 SGLang's engines sleep by torch_memory_saver. The policy does not need what that adds (addresses that never change, for
 captured CUDA graphs) and would pay for it: it wants everything allocated inside a region of its own, while Megatron
-allocates parameters and gradients together and the fused optimisers theirs in their first step, and it refuses
-expandable segments.
+allocates parameters and gradients together, and it refuses expandable segments.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -24,30 +22,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_spice.config.errors import ConfigError
-from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.policy.optimizer import parts_of
 from megatron_spice.policy.shelf import Shelf
 
 GIB = 2**30
 RELEASE_TIMEOUT = 10.0  # seconds; another process may have taken the memory as soon as it was free
-
-
-def recompute_settings(config: PolicyConfig) -> dict[str, Any]:
-    """What `policy.recompute` means to Megatron's TransformerConfig.
-
-    Raises:
-        ConfigError: norms are to be recomputed without Transformer Engine, by whose functions Megatron does it.
-    """
-    if config.recompute == "none":
-        return {}
-    if config.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if "layernorm" in config.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            "policy.recompute_modules has layernorm, which needs Transformer Engine (not installed here); leave it out"
-        )
-    return {"recompute_granularity": "selective", "recompute_modules": list(config.recompute_modules)}
 
 
 class Sleeper:

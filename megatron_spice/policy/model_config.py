@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import PolicyConfig
-from megatron_spice.policy import fused, memory, precision
+from megatron_spice.policy import fused, precision
+from megatron_spice.policy.recompute import recompute_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         **_parallelism(layout),
         **_experts(architecture, layout, backend),
-        **memory.recompute_settings(config),
+        **recompute_settings(config),
         **precision.transformer_settings(config, emulated=not backend.uses_te),
     )
 
