@@ -109,7 +109,7 @@ def test_every_rank_runs_with_its_place_and_quiet_threads(house):
     for rank in (0, 1):
         found = facts(house, rank)
         assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (str(rank), "2", str(rank))
-        assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"], found["steps"]) == ("PASSIVE", "0", "5")
+        assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"], found["steps"]) == ("PASSIVE", "10000", "5")
         assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 

@@ -194,7 +194,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | None:
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]), "LOCAL_WORLD_SIZE": str(job["ranks"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(job["threads"]),
-            "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         command = [sys.executable, __file__, "policy-rank", json.dumps(job), str(result)]
         log = open(result.with_name(f"rank{rank}.log"), "w")

@@ -22,6 +22,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_spice.cluster import host_memory
 from megatron_spice.policy.optimizer import parts_of
 from megatron_spice.policy.shelf import Shelf
 
@@ -113,6 +114,8 @@ class Sleeper:
     def _given_up(self, what: str, verb: str, give_up: Callable[[], int]) -> dict[str, float]:
         start = time.perf_counter()
         num_bytes = _released(give_up) if self.device.type == "cuda" else give_up()
+        if self.device.type == "cpu":
+            host_memory.give_back_freed_memory()
         return {f"memory/{what}_gib": num_bytes / GIB, f"memory/{verb}_seconds": time.perf_counter() - start}
 
     def _drop_quantized_weights(self) -> None:

@@ -70,8 +70,9 @@ def transformer_config(
         use_cpu_initialization=backend.device == "cpu",
         persist_layer_norm=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=backend.uses_te,
+        bias_dropout_fusion=backend.uses_te,
+        use_te_activation_func=not backend.uses_te,  # the slot for an activation in the layer spec, which swiglu.py takes
         gradient_accumulation_fusion=fused.gradient_accumulation_fusion(backend.device, backend.uses_te),
         finalize_model_grads_func=finalize_model_grads,
         # The loss comes as a share of the global one: Megatron is to sum gradients, and to divide by nothing.

@@ -2,6 +2,7 @@
 
     core attention   RowAttention; the backend's own where rows are plain sequences
     norms            policy/norm.py where Transformer Engine is not: Megatron's local one refuses sequence parallelism
+    activation       policy/swiglu.py where Transformer Engine is not
     linear layers    policy/fp8_linear.py where FP8 is emulated
 """
 
@@ -21,6 +22,7 @@ from megatron_spice.policy.attention import RowAttention
 from megatron_spice.policy.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_spice.policy.model_config import Backend
 from megatron_spice.policy.norm import RMSNorm
+from megatron_spice.policy.swiglu import SwiGLU
 
 
 def block_spec(
@@ -58,10 +60,12 @@ def block_spec(
     if architecture.num_experts is not None:
         # Checkpoints name this norm as Transformer Engine's layers do, which fuse it into a dense MLP but not into experts.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    mlp = layer.submodules.mlp.submodules
+    if architecture.num_experts is not None:
+        mlp = mlp.experts.submodules
+    mlp.activation_func = SwiGLU
     if config.precision == "fp8":
         attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
-        mlp = layer.submodules.mlp.submodules
-        for linears in [mlp] if architecture.num_experts is None else [mlp.experts.submodules]:
-            linears.linear_fc1, linears.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+        mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
     count = get_num_layers_to_build(settings, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
