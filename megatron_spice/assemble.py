@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from megatron_spice.game.baselines import RoleBaselines
 from megatron_spice.game.play import play_passage
 from megatron_spice.game.records import Episode, Passage
 from megatron_spice.game.verify import Verifier
+from megatron_spice.rollout.buckets import Parcel
 from megatron_spice.rollout.engine import Engine
 from megatron_spice.rollout.placement import hosted_engine
 from megatron_spice.rollout.pool import RolloutPool
@@ -60,6 +61,9 @@ class Run:
     log: RunLog | None
     done: int
     timer: PhaseTimer
+    saved: int = 0  # the newest iteration whose checkpoint this run made or came from
+    engine_restarts: int = 0
+    parcel: Parcel = field(default_factory=Parcel)
 
     def state(self, iteration: int) -> dict[str, Any]:
         """What a resumed run needs besides tensors."""
@@ -129,8 +133,9 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     if topology.is_first:
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
-        config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer()
-    )
+        config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer(),
+        saved=done,
+    )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
         f"{config.rollout.engines_per_node * topology.num_nodes} engine(s), ready after {time.perf_counter() - started:.0f} s"
@@ -156,8 +161,9 @@ def _make_pool(
         top_p=config.rollout.top_p, seed=config.train.seed,
     )  # fmt: skip
     return RolloutPool(
-        topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, helpers=[verifier]
-    )
+        topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight,
+        max_restarts=config.rollout.max_restarts, helpers=[verifier],
+    )  # fmt: skip
 
 
 async def _play(passage: Passage, iteration: int, slot: int, engine: Engine, **rest: Any) -> Episode:

@@ -3,12 +3,18 @@
 Every rank runs this file. `_iterate` is the algorithm. Engines and policy take turns on the accelerators: between
 iterations the policy has them and the engines sleep, so that a checkpoint is saved from what is awake anyway, and an
 iteration begins with the sync. `_to_engines` and `_to_policy` are the two hand-overs.
+
+An engine may fail at any moment. The passages it was playing are played again: by the same hand-overs, after its
+replacement has been started while the policy sleeps, as at the start of the run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_spice.assemble import Run, assemble
@@ -17,8 +23,8 @@ from megatron_spice.cluster import distributed, platform
 from megatron_spice.cluster.topology import from_environment
 from megatron_spice.config.schema import Config
 from megatron_spice.game import episodes as game
-from megatron_spice.game.records import Trajectory
-from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS
+from megatron_spice.game.records import Episode, Passage, Trajectory
+from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS, EngineError, EnginesLost
 from megatron_spice.weights import sync
 
 
@@ -34,7 +40,11 @@ def train(config: Config) -> None:
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
         run = assemble(config, topology, store, stack)
         for iteration in range(run.done + 1, config.train.iterations + 1):
-            _iterate(run, iteration)
+            state = run.state(iteration - 1)
+            try:
+                _iterate(run, iteration)
+            except EnginesLost as error:
+                raise _given_up(run, state, error) from None
 
 
 def _iterate(run: Run, iteration: int) -> None:
@@ -43,8 +53,7 @@ def _iterate(run: Run, iteration: int) -> None:
     with timer.phase("sync"):
         synced = _to_engines(run, version=iteration - 1)
     passages = run.sampler.next(config.train.passages)
-    with timer.phase("play"):
-        episodes = run.pool.play(iteration, passages)
+    episodes, num_again = _play(run, iteration, passages)
     if run.baselines is not None:
         episodes = run.baselines.apply(episodes)
     trajectories = game.trajectories(episodes, config.game)
@@ -59,7 +68,8 @@ def _iterate(run: Run, iteration: int) -> None:
     if run.log is not None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
         baselines = run.baselines.metrics() if run.baselines is not None else {}
-        metrics = {**game.metrics(episodes), **baselines, **update, **synced, **woken, **speed, **seconds}
+        engines = {"engines/restarts": run.engine_restarts, "engines/passages_again": num_again}
+        metrics = {**game.metrics(episodes), **baselines, **update, **synced, **woken, **engines, **speed, **seconds}
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)
@@ -68,10 +78,74 @@ def _iterate(run: Run, iteration: int) -> None:
         # next iteration's.
         with timer.phase("save"):
             saved = run.checkpointer.save(run.policy, run.state(iteration))
+        run.saved = iteration
         run.say(f"saved {saved} in {timer.metrics()['seconds/save']:.1f} s")
 
 
+def _play(run: Run, iteration: int, passages: list[Passage]) -> tuple[list[Episode], int]:
+    """Plays all passages; those that an engine took with it are played again. Returns the episodes by slot, and how many
+    passages had to be played again."""
+    episodes: list[Episode] = []
+    missing, num_again = list(range(len(passages))), 0
+    while True:
+        with run.timer.phase("play"):
+            episodes += run.pool.play(iteration, passages, missing)
+        played = {episode.slot for episode in episodes}
+        missing = [slot for slot in missing if slot not in played]
+        if not missing:
+            return sorted(episodes, key=lambda episode: episode.slot), num_again
+        num_again += len(missing)
+        run.say(f"iteration {iteration}: {len(missing)} of {len(passages)} passages were lost with an engine, to be played again")
+        with run.timer.phase("recover"):
+            _replace_lost_engines(run)
+            _to_engines(run, version=iteration - 1)
+
+
 def _to_engines(run: Run, version: int) -> dict[str, float]:
+    """Hands the accelerators to the engines, all of which work and have the policy's weights afterwards."""
+    _replace_lost_engines(run)
+    metrics = _hand_over(run, version)
+    while _replace_lost_engines(run):
+        metrics = _hand_over(run, version)
+    return metrics
+
+
+def _replace_lost_engines(run: Run) -> bool:
+    """Whether any engine had failed. Then there are new ones, which sleep like all others, and the policy is awake.
+
+    Raises:
+        EnginesLost: one failed too often.
+    """
+    lost = run.pool.lost()
+    if not lost:
+        return False
+    run.say("\n".join(f"warning: {words}; it is replaced" for words in lost))
+    if run.policy.is_awake:
+        run.policy.sleep(keep_weights=False)
+    elif run.policy.weights_awake:
+        run.policy.sleep_weights()
+    dist.barrier()
+    run.engine_restarts = run.pool.revive()
+    _to_policy(run)
+    return True
+
+
+def _given_up(run: Run, state: dict[str, Any], error: EnginesLost) -> EngineError:
+    """Saves the run as it was before this iteration, unless it is saved, and says what the user can do."""
+    run.pool.close()
+    dist.barrier()
+    if not run.policy.is_awake:
+        run.policy.wake()
+    iteration = state["iteration"]
+    if iteration > run.saved:
+        run.checkpointer.save(run.policy, state)
+    return EngineError(
+        f"{error}\nThe run is saved up to iteration {iteration} in {run.config.run.dir}. Look at {run.config.run.dir}/logs/"
+        "engine_*.log for the cause, then start the same command again: it goes on from there"
+    )
+
+
+def _hand_over(run: Run, version: int) -> dict[str, float]:
     """Hands the accelerators to the engines, with the policy's weights, and checks that they have arrived.
 
     Each waits for what it needs: the weights' place in the engines for gradients and optimiser state to be gone, the KV
@@ -82,7 +156,7 @@ def _to_engines(run: Run, version: int) -> dict[str, float]:
     metrics = policy.sleep(keep_weights=True)
     dist.barrier()
     pool.wake([WEIGHTS])
-    seconds, num_bytes = sync.push(policy.rollout_buckets, policy.hf_names, pool.engines, str(version))
+    seconds, num_bytes = sync.push(_buckets(run), policy.hf_names, pool.crew, str(version))
     ours = policy.score(run.probe_ids) if config.rollout.verify_sync else None
     metrics |= policy.sleep_weights()
     dist.barrier()
@@ -90,8 +164,14 @@ def _to_engines(run: Run, version: int) -> dict[str, float]:
     difference = None
     if ours is not None:
         tolerance = config.rollout.sync_tolerance or sync.TOLERANCE[config.policy.precision]
-        difference = sync.verify(ours, pool.engines, run.probe_ids, tolerance)
+        difference = sync.verify(ours, pool.crew, run.probe_ids, tolerance)
     return metrics | sync.SyncReport(seconds, num_bytes, difference).metrics()
+
+
+def _buckets(run: Run) -> Callable[[], Iterator[dict[str, torch.Tensor]]]:
+    """Gathers the weights, on a rank with engines into memory that these can read."""
+    memory = run.parcel if run.pool.crew.engines else None
+    return lambda: run.policy.rollout_buckets(memory)
 
 
 def _to_policy(run: Run) -> dict[str, float]:

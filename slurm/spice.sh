@@ -59,6 +59,9 @@ if [ "$SPICE_DEVICE_KIND" = cpu ]; then
   threads=$(($(nproc) / SPICE_RANKS_PER_NODE))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+  # Memory that ranks free is kept for their next tensors (megatron_spice/cluster/host_memory.py).
+  [ -n "${GLIBC_TUNABLES:-}" ] || GLIBC_TUNABLES="$("$python" -c 'from megatron_spice.cluster import host_memory as m; print(m.TUNABLES)')"
+  export GLIBC_TUNABLES
 else
   # Megatron overlaps tensor-parallel communication correctly only when kernels are queued in one order.
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_spice.cluster.host_memory import TUNABLES
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipe.yaml"
 
 TRAIN = '''
 import os, pathlib, sys, time
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES")
 def train(config):
     folder = pathlib.Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def launch(house: Path, *arguments: str, **more: str) -> subprocess.CompletedPro
 
 
 def facts(house: Path, rank: int) -> dict[str, str]:
-    return dict(line.split("=") for line in (house / "run" / f"rank{rank}.txt").read_text().splitlines())
+    return dict(line.split("=", 1) for line in (house / "run" / f"rank{rank}.txt").read_text().splitlines())
 
 
 def alive(pid: int) -> bool:
@@ -110,6 +112,7 @@ def test_every_rank_runs_with_its_place_and_quiet_threads(house):
         found = facts(house, rank)
         assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (str(rank), "2", str(rank))
         assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"], found["steps"]) == ("PASSIVE", "10000", "5")
+        assert found["GLIBC_TUNABLES"] == TUNABLES
         assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 

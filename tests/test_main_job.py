@@ -27,6 +27,10 @@ from safetensors.torch import load_file, save_file
 from small_models import TEXT, add_tokenizer, make_model
 from tokenizers import Tokenizer
 
+from megatron_spice.corpus.corpus import Corpus
+from megatron_spice.corpus.sampler import PassageSampler
+from megatron_spice.corpus.tokenizer import TextTokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "smollm2-135m-instruct"
 TEXTS = ROOT / "assets" / "factbook.jsonl"
@@ -121,6 +125,46 @@ def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe
     assert _passages(tmp_path / "killed") == _passages(tmp_path / "through")
     assert [line["iteration"] for line in _metrics(tmp_path / "killed")] == [1, 2, 3, 4]
     assert "nothing to do" in _finish(_start(recipe, tmp_path / "killed"))
+
+
+def _kill_engines(job: subprocess.Popen, run_dir: Path, after: int) -> None:
+    """Kills the job's engine when `after` iterations are logged."""
+    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
+    while not log.exists() or len(log.read_text().splitlines()) < after:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-6000:]
+        time.sleep(0.05)
+    for process in psutil.Process(job.pid).children(recursive=True):
+        if "megatron_spice.rollout.sglang_server" in process.cmdline():
+            process.kill()
+            return
+    raise AssertionError("the job has no engine")
+
+
+def test_a_run_whose_engines_are_killed_plays_every_passage_once(recipe, tmp_path):
+    job = _start(recipe, tmp_path)
+    for after in (1, 3):
+        _kill_engines(job, tmp_path, after)
+    output = _finish(job)
+    assert output.count("it is replaced") == 2, output[-6000:]
+    metrics = _metrics(tmp_path)
+    assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
+    assert metrics[0]["engines/restarts"] == 0 and metrics[-1]["engines/restarts"] == 2
+    sampler = PassageSampler(Corpus(recipe.parent / "corpus", TextTokenizer.from_dir(recipe.parent / "hf")), 5)
+    expected = [(number, passage.index) for number in (1, 2, 3, 4) for passage in sampler.next(3)]
+    assert _passages(tmp_path) == expected
+    assert max(line["sync/difference"] for line in metrics) < 0.02, "a new engine must have the current weights"
+
+
+def test_a_run_that_gives_up_on_its_engine_is_saved_and_goes_on(recipe, tmp_path):
+    settings = ("checkpoint.every=100", "train.iterations=3")
+    job = _start(recipe, tmp_path, *settings, "rollout.max_restarts=0")
+    _kill_engines(job, tmp_path, after=2)
+    output = job.communicate(timeout=400)[0]
+    assert job.returncode not in (0, None)
+    assert "rollout.max_restarts=0" in output and "saved up to iteration 2" in output, output[-6000:]
+    resumed = _finish(_start(recipe, tmp_path, *settings))
+    assert "resumed from" in resumed and "iteration_0000002" in resumed
+    assert [line["iteration"] for line in _metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_tensor_parallel_ranks_feed_a_tensor_parallel_engine(recipe, tmp_path):

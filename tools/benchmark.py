@@ -5,12 +5,16 @@
     python tools/benchmark.py policy --model assets/smollm2-135m-instruct --unshared --against transformers
     python tools/benchmark.py policy --model assets/smollm2-135m-instruct --against unshared --prompt 7500,200
     python tools/benchmark.py policy --model 8b --layers 4 --precision bf16,fp8 --layouts "tp=1"
+    python tools/benchmark.py sync --model assets/smollm2-135m-instruct
 
 `policy` times updates (forward, backward, optimiser) of groups of equal prompts, by layout and precision. A layout is a
 list like `tp=2,pp=2`, several are separated by semicolons; keys: tp, pp, vp, cp, ep, sp (0 or 1), dp. Each runs in fresh
 ranks on this machine, so that its peak memory is its own. Tokens are those of all sequences, each with its own prompt,
 whether prompts are computed once or not; TFLOP/s counts only what is computed (policy/flops.py). The ceiling is a bfloat16
 matrix product of the model's own shape, measured by the same ranks in the same run.
+
+`sync` sends the policy's weights to an engine on this machine, many times, and says what was left behind by it: growth is
+from the second sync to the last. The ceiling is a plain copy of the same bytes between two processes.
 """
 
 from __future__ import annotations
@@ -30,24 +34,29 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from policy_benchmark import STACKS, run_rank, temporary_result  # noqa: E402
+import policy_benchmark  # noqa: E402
+import sync_benchmark  # noqa: E402
+from policy_benchmark import STACKS, temporary_result  # noqa: E402
 
 from megatron_spice import machine  # noqa: E402
+from megatron_spice.cluster.host_memory import TUNABLES  # noqa: E402
 
 KEYS = {
     "tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "vp": "virtual_pipeline_size",
     "cp": "context_parallel_size", "ep": "expert_parallel_size", "sp": "sequence_parallel",
 }  # fmt: skip
+SUITES = {"policy": policy_benchmark, "sync": sync_benchmark}
 VERSIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a suite; returns 0, or 1 when a job failed (the others are reported)."""
     options = _parser().parse_args(arguments)
-    if options.suite == "policy-rank":
-        run_rank(json.loads(options.job), options.result)
+    if options.suite == "rank":
+        job = json.loads(options.job)
+        SUITES[job["suite"]].run_rank(job, options.result)
         return 0
-    jobs = _jobs(options)
+    jobs = [{"suite": options.suite, **job} for job in (_jobs if options.suite == "policy" else _sync_jobs)(options)]
     results, failed = [], 0
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job['layout']} {job['precision']} ...", file=sys.stderr, flush=True)
@@ -55,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += measured is None
         results += [measured] if measured else []
     report = {
-        "suite": "policy", "command": shlex.join(["tools/benchmark.py", *(arguments or sys.argv[1:])]), "seed": options.seed,
+        "suite": options.suite, "command": shlex.join(["tools/benchmark.py", *(arguments or sys.argv[1:])]), "seed": options.seed,
         "date": time.strftime("%Y-%m-%d"), "machine": _machine(), "versions": {n: machine.version(n) for n in VERSIONS},
         "results": results,
     }  # fmt: skip
-    text = table(results)
+    text = (table if options.suite == "policy" else sync_table)(results)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -136,10 +145,43 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--no-warm-up", action="store_true", help="time the first updates too, where one takes minutes")
     policy.add_argument("--output", type=Path, help="folder for the results as JSON and text")
     policy.add_argument("--name", default="policy", help="name of the files in it")
-    rank = suites.add_parser("policy-rank", help=argparse.SUPPRESS)
+    sync = suites.add_parser("sync", help="the policy's weights on their way to an engine")
+    sync.add_argument("--model", required=True, help="a Hugging Face folder")
+    sync.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp8"])
+    sync.add_argument("--bucket-mb", type=_positive, default=256, help="rollout.bucket_mb")
+    sync.add_argument("--steps", type=_positive, default=20, help="timed syncs; their median is reported")
+    sync.add_argument("--threads", type=_positive, help="CPU threads of the policy (default: all cores)")
+    sync.add_argument("--seed", type=int, default=0)
+    sync.add_argument("--output", type=Path, help="folder for the results as JSON and text")
+    sync.add_argument("--name", default="sync", help="name of the files in it")
+    rank = suites.add_parser("rank", help=argparse.SUPPRESS)
     rank.add_argument("job")
     rank.add_argument("result", type=Path)
     return parser
+
+
+def _sync_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if not (Path(options.model) / "config.json").is_file():
+        sys.exit(f"benchmark.py: --model {options.model} is no Hugging Face folder")
+    return [{
+        "layout": "sync", "ranks": 1, "device": machine.device("auto"), "model": options.model, "precision": options.precision,
+        "steps": options.steps, "threads": options.threads or machine.usable_cores(),
+        "rollout": {"bucket_mb": options.bucket_mb, "max_total_tokens": 4096},
+    }]  # fmt: skip
+
+
+def sync_table(results: Sequence[dict[str, Any]]) -> str:
+    """What was sent, how fast, how fast a plain copy is, where the time went, and what a sync leaves behind."""
+    lines = []
+    for result in results:
+        lines += [
+            f"{result['precision']}: {result['gib']:.3f} GiB in {result['seconds']:.3f} s = {result['gib_per_second']:.2f} GiB/s",
+            f"plain copy between two processes: {result['copy_seconds']:.3f} s = {result['copy_gib_per_second']:.2f} GiB/s",
+            f"sync / copy: {result['ratio']:.2f}",
+            "seconds inside: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in result["parts"].items()),
+            "growth: " + ", ".join(f"{name} {count:+.0f}" for name, count in result["growth"].items()),
+        ]
+    return "\n".join(lines)
 
 
 def _positive(text: str) -> int:
@@ -194,9 +236,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | None:
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]), "LOCAL_WORLD_SIZE": str(job["ranks"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(job["threads"]),
-            "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": TUNABLES, "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        command = [sys.executable, __file__, "policy-rank", json.dumps(job), str(result)]
+        command = [sys.executable, __file__, "rank", json.dumps(job), str(result)]
         log = open(result.with_name(f"rank{rank}.log"), "w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:

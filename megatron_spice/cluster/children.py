@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,18 +57,18 @@ class Child:
         self.log_path = log_path
         self._grace = grace
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._log = _Log(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         try:
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=self._log.entrance,
+                stderr=self._log.entrance,
                 env={**environment, PARENT_VARIABLE: str(os.getpid())},
                 start_new_session=True,
             )
         finally:
-            os.close(log)
+            os.close(self._log.entrance)
         self._owner = os.getpid()
         atexit.register(self.stop)
 
@@ -81,11 +82,10 @@ class Child:
         return self._process.poll()
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last `lines` lines of the log, for error messages."""
-        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
-        return ""
+        """The last `lines` lines that it wrote, for error messages."""
+        if self._process.poll() is not None:
+            self._log.wait(1.0)  # what it said last is still on its way
+        return "\n".join(bytes(self._log.tail).decode(errors="replace").splitlines()[-lines:])
 
     def stop(self, grace: float | None = None) -> None:
         """Ends the child and everything in its process group; returns when they are gone. May be called twice."""
@@ -106,12 +106,41 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._wait_for_group(5.0)
+        self._log.wait(5.0)
 
     def _wait_for_group(self, seconds: float) -> None:
         """Gives what is left of the group at most `seconds` to end."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and _group_runs(self.pid):
             time.sleep(0.02)
+
+
+class _Log:
+    """Takes what a child writes to `entrance` and appends it to a file, which may refuse.
+
+    A child that wrote to the file itself would end, or hang with its message half said, when the disk is full. So it writes
+    into a pipe that is always emptied, and what the file does not take is kept only for the next error message.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._exit, self.entrance = os.pipe()
+        self._file = file
+        self.tail = bytearray()
+        self._thread = threading.Thread(target=self._copy, name="log of a child", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Returns when all that was written has arrived: the last process with the entrance has ended."""
+        self._thread.join(seconds)
+
+    def _copy(self) -> None:
+        while text := os.read(self._exit, 65536):
+            self.tail += text
+            del self.tail[:-65536]
+            with contextlib.suppress(OSError):
+                os.write(self._file, text)
+        os.close(self._exit)
+        os.close(self._file)
 
 
 def _group_runs(group: int) -> bool:

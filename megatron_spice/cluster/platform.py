@@ -26,8 +26,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_spice.cluster import host_memory
-
 STUBS = Path(__file__).parent / "stubs"
 
 _redirect: Any = None
@@ -60,7 +58,6 @@ def prepare(device: str = "auto") -> str:
         # Megatron fuses small functions with torch.compile, which trips over redirected names and, on CPU, costs a run of
         # the C++ compiler in every process.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        host_memory.keep_freed_memory()
         _quieten()
         _add_stubs()
         _redirect = _redirect_cuda()

@@ -101,6 +101,12 @@ class RolloutConfig(Room):
     drift_alarm: PositiveFloat = Field(0.2, description="Warn when mean |engine - policy| log-prob passes this.")
     start_timeout: PositiveFloat = Field(300.0, description="Seconds an engine may take to come up.")
     request_timeout: PositiveFloat = Field(600.0, description="Seconds one request may take.")
+    hang_timeout: PositiveFloat = Field(
+        20.0, description="Seconds an engine may have work and use no processor time before it counts as hung."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="Times an engine may be replaced in one iteration; after that the run is saved and ends."
+    )
     seed: int = Field(0, ge=0, description="Seed of the engines' own sampling.")
 
 

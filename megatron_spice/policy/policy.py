@@ -35,7 +35,7 @@ from megatron_spice.policy.packing import Cost, Row, num_tokens, plan_rows, spli
 from megatron_spice.policy.reference import Reference
 from megatron_spice.policy.row_mask import forget_rows
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
-from megatron_spice.weights.gather import Gatherer
+from megatron_spice.weights.gather import Gatherer, Memory
 from megatron_spice.weights.load import load_hf
 from megatron_spice.weights.stage import Stage, stage_parameters
 
@@ -120,11 +120,15 @@ class Policy:
         assert self.sleeper.weights_awake, "hf_buckets() while the weights are asleep"
         return self.gatherer.buckets(self.parameters)
 
-    def rollout_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
+    def rollout_buckets(self, memory: Memory | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """What engines are to generate with: `hf_buckets`, but each weight as this policy's own products see it. An FP8 policy
-        rounds its weights, and engines that did not would sample from another one (`rollout.round_weights`)."""
+        rounds its weights, and engines that did not would sample from another one (`rollout.round_weights`).
+
+        Args:
+            memory: where on this host buckets are put, if the policy is on a CPU.
+        """
         assert self.sleeper.weights_awake, "rollout_buckets() while the weights are asleep"
-        return self.gatherer.buckets(self.parameters, self.rounded_weights)
+        return self.gatherer.buckets(self.parameters, self.rounded_weights, memory if self.device.type == "cpu" else None)
 
     @property
     def hf_names(self) -> set[str]:
@@ -162,6 +166,16 @@ class Policy:
     def sleep_weights(self) -> dict[str, float]:
         """Gives up what `sleep` kept."""
         return self.sleeper.sleep_weights()
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether it may compute and be saved."""
+        return self.sleeper.awake
+
+    @property
+    def weights_awake(self) -> bool:
+        """Whether its weights take up memory of the device."""
+        return self.sleeper.weights_awake
 
     def wake(self) -> dict[str, float]:
         """Takes everything back, bit for bit: the engines are asleep, the policy may compute."""

@@ -14,6 +14,7 @@ would make the `n` samples of a prompt equal. The engine is seeded as a whole wh
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ class EngineClient:
         self._tensor_parallel_size = tensor_parallel_size
         self._asleep: set[str] = set()
         self._updating = False
+        self.num_running = 0
+        """Generations that have been asked for and not answered."""
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -70,15 +73,24 @@ class EngineClient:
         """`num_samples` completions of one prompt, in one request: the server computes the prompt once.
 
         Raises:
-            EngineError: the server sleeps, is being updated, refused, died, or took longer than `request_timeout`.
+            EngineError: the server sleeps, is being updated, refused, died, took longer than `request_timeout`, or what it
+                answered cannot be.
         """
         self._require_awake("generate")
         body = {"input_ids": list(prompt_ids), "sampling_params": _parameters(sampling, num_samples), "return_logprob": True}
-        answer = await self._post("/generate", body)
+        self.num_running += 1
+        try:
+            answer = await self._post("/generate", body)
+        finally:
+            self.num_running -= 1
         outputs = answer if isinstance(answer, list) else [answer]
         if len(outputs) != num_samples:
             raise EngineError(f"engine {self._http.url}: {num_samples} samples were asked for, {len(outputs)} came")
-        return [_completion(tuple(prompt_ids), output, sampling.stop) for output in outputs]
+        try:
+            return [_completion(tuple(prompt_ids), output, sampling) for output in outputs]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = f"was answered with what is no completion ({type(error).__name__}: {error}): {str(answer)[:500]}"
+            raise self._http.failure("POST", "/generate", what) from error
 
     async def close_requests(self) -> None:
         """Closes the connections of the running event loop."""
@@ -89,7 +101,7 @@ class EngineClient:
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         try:
             async with self._connections().post(self._http.url + path, json=body) as response:
-                return self._http.accept("POST", path, response.status, await response.text())
+                return self._http.accept("POST", path, response.status, await response.text(errors="replace"))
         except asyncio.TimeoutError as error:
             raise self._http.failure("POST", path, f"did not answer within {self._request_timeout:g} s") from error
         except aiohttp.ClientError as error:
@@ -128,6 +140,9 @@ class EngineClient:
             if time.monotonic() > deadline:
                 raise self._http.failure("GET", "/ready", f"was not answered with 200 within {timeout:g} s of the start")
             time.sleep(0.1)
+        # What the server has built by now stays. A collection that walks it takes a third of a second, and on a CPU each
+        # `flush_cache` makes one; while it generates, others come by themselves.
+        self._http.call("POST", "/freeze_gc", {})
 
     def flush_cache(self) -> None:
         """Empties the prefix cache; returns when the server is idle, which is the only state in which it will.
@@ -247,16 +262,25 @@ def _parameters(sampling: Sampling, num_samples: int) -> dict[str, Any]:
     }
 
 
-def _completion(prompt_ids: tuple[int, ...], output: dict[str, Any], stop: tuple[str, ...]) -> Completion:
-    """From the server's answer for one sample. Text ends before the earliest stop string, even if two came at once."""
+def _completion(prompt_ids: tuple[int, ...], output: dict[str, Any], sampling: Sampling) -> Completion:
+    """From the server's answer for one sample. Text ends before the earliest stop string, even if two came at once.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError, AttributeError: it is not the answer of a working server.
+    """
     about = output["meta_info"]
     sampled = about.get("output_token_logprobs") or []
     text = output["text"]
-    ends = [place for place in map(text.find, stop) if place >= 0]
+    ends = [place for place in map(text.find, sampling.stop) if place >= 0]
+    logprobs = tuple(float(entry[0]) for entry in sampled)
+    if len(sampled) > sampling.max_new_tokens:
+        raise ValueError(f"{len(sampled)} tokens where {sampling.max_new_tokens} were allowed")
+    if not all(-math.inf < logprob < 1e-3 for logprob in logprobs):  # a sum of float32 may round to a little over 1
+        raise ValueError(f"log-probabilities of {min(logprobs)} to {max(logprobs)}")
     return Completion(
         prompt_ids=prompt_ids,
         completion_ids=tuple(int(entry[1]) for entry in sampled),
-        logprobs=tuple(float(entry[0]) for entry in sampled),
+        logprobs=logprobs,
         finish=about["finish_reason"]["type"],
         text=text[: min(ends)] if ends else text,
         weight_version=str(about["weight_version"]),

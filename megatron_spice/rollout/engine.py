@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """An engine did not do what it was asked: it is gone, it refused, or it took longer than it may."""
 
 
+class EnginesLost(EngineError):
+    """Engines failed and cannot be replaced; every rank knows, and has nothing else wrong with it."""
+
+
 class Engine(Protocol):
     """One engine. Every method but the asynchronous ones blocks; all raise EngineError."""
 
@@ -36,8 +40,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends it and everything it started; may be called twice."""
 
+    def kill(self) -> None:
+        """Ends it at once, whatever state it is in; may be called twice, and `launch` afterwards."""
+
     def check(self) -> None:
-        """Raises EngineError when it has died."""
+        """Raises EngineError when it has died, or does nothing although it was asked to."""
 
     async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
         """`num_samples` completions of one prompt."""

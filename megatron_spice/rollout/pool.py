@@ -5,8 +5,10 @@ as soon as it has room. A passage that needs many attempts delays only its own h
 by themselves, and there is no scheduler process to keep alive. Each host plays `passages_in_flight` passages at a time
 as coroutines of one event loop, which lives as long as the pool (so do the engines' connections).
 
-Failure is collective: ranks exchange results *or* an error, and every rank raises. A host that failed says so in the
-store, and the others claim nothing more. All waits end: a generation by its own timeout, the exchange by the group's.
+An engine that fails takes its passages with it, and nothing else: they are missing from what `play` returns, the other
+engines go on, and `revive` replaces it. `train.py` then plays what is missing. Any other error is collective: ranks
+exchange results *or* an error, and every rank raises. A host that failed says so in the store, and the others claim
+nothing more. All waits end: a generation by its own timeout, the exchange by the group's.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import torch.distributed as dist
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.records import Episode, Passage
-from megatron_spice.rollout.engine import MEMORY, Engine, EngineError
+from megatron_spice.rollout.crew import Crew
+from megatron_spice.rollout.engine import MEMORY, Engine, EngineError, EnginesLost
 
 Play = Callable[[Passage, int, int, Engine], Awaitable[Episode]]
 """Plays one passage: (passage, iteration, slot, engine) -> episode."""
@@ -49,6 +52,8 @@ class _Report:
     rank: int
     episodes: list[Episode]
     error: str | None = None
+    lost: tuple[str, ...] = ()
+    restarts: int = 0
 
 
 class RolloutPool:
@@ -58,6 +63,7 @@ class RolloutPool:
         store: shared by all ranks, with an atomic `add`.
         engines: those that this rank hosts, not yet launched; usually one or none.
         passages_in_flight: how many passages each engine plays at a time.
+        max_restarts: how often one engine may be replaced in an iteration.
         helpers: started and closed with the pool where there are engines.
         group: a CPU process group of all ranks for the exchange; None: the default group.
     """
@@ -70,25 +76,26 @@ class RolloutPool:
         play: Play,
         *,
         passages_in_flight: int,
+        max_restarts: int = 0,
         helpers: Sequence[Helper] = (),
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if passages_in_flight < 1:
             raise ValueError(f"rollout.passages_in_flight={passages_in_flight} must be 1 or more")
-        self.engines = list(engines)
+        self.crew = Crew(engines, max_restarts)
         self._topology = topology
         self._store = store
         self._play = play
         self._in_flight = passages_in_flight
         self._helpers = list(helpers) if engines else []
         self._group = group
-        self._round = 0
+        self._round = self._iteration = 0
         self._launched = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def launch(self) -> None:
         """Starts this rank's engines without waiting for them, so that they come up while the caller does other work."""
-        for engine in self.engines:
+        for engine in self.crew.engines:
             engine.launch()
         self._launched = True
 
@@ -105,9 +112,9 @@ class RolloutPool:
             self.launch()
         if self._helpers:
             self._run(self._start_helpers())
-        for engine in self.engines:
+        for engine in self.crew.engines:
             engine.wait_ready()
-        if self.engines:
+        if self.crew.engines:
             self._store.add("rollout/hosts", 1)
 
     async def _start_helpers(self) -> None:
@@ -116,29 +123,64 @@ class RolloutPool:
 
     def wake(self, kinds: Sequence[str] = MEMORY) -> None:
         """Gives this rank's engines these kinds of memory back: "weights" before a sync, "kv_cache" after it."""
-        for engine in self.engines:
-            engine.wake(kinds)
+        self.crew.each(lambda engine: engine.wake(kinds))
 
     def sleep(self, kinds: Sequence[str] = MEMORY) -> None:
         """Waits until this rank's engines are idle and takes these kinds of memory from them."""
-        for engine in self.engines:
-            engine.sleep(kinds)
+        self.crew.each(lambda engine: engine.sleep(kinds))
 
-    def play(self, iteration: int, passages: Sequence[Passage]) -> list[Episode]:
-        """Plays all passages once, on whichever engines have room; a collective of all ranks.
+    def lost(self) -> list[str]:
+        """How engines of any rank have failed that are not replaced yet, one line each; a collective of all ranks."""
+        self.crew.each(lambda engine: engine.check())
+        report = _Report(self._topology.rank, [], lost=tuple(self.crew.last_words()))
+        reports = self._exchange("looking for lost engines", report)
+        return [f"engine of rank {each.rank}: {words}" for each in reports for words in each.lost]
+
+    def revive(self) -> int:
+        """Replaces lost engines; a collective of all ranks. A new engine has no weights, and all its memory.
 
         Returns:
-            One episode for each passage, in the order of `passages`, on every rank.
+            How many engines all ranks have replaced so far.
 
         Raises:
-            EngineError: a passage could not be played on some rank; on every rank, with that rank's traceback.
+            EnginesLost: one has failed too often, or cannot be started; on every rank, which are otherwise well.
         """
+        error = None
+        try:
+            if self._loop is not None:
+                for engine in self.crew.engines:
+                    self._run(engine.close_requests())
+            self.crew.revive()
+        except EngineError as found:
+            error = str(found)
+        report = _Report(self._topology.rank, [], error, restarts=self.crew.restarts)
+        reports = self._exchange("replacing lost engines", report)
+        if errors := [f"rank {each.rank}: {each.error}" for each in reports if each.error is not None]:
+            raise EnginesLost("\n".join(errors))
+        return sum(each.restarts for each in reports)
+
+    def play(self, iteration: int, passages: Sequence[Passage], slots: Sequence[int] | None = None) -> list[Episode]:
+        """Plays passages once, on whichever engines have room; a collective of all ranks.
+
+        Args:
+            slots: which of them, by their place; None: all.
+
+        Returns:
+            One episode for each passage, by slot, on every rank; without those whose engine failed.
+
+        Raises:
+            EngineError: a passage could not be played for another reason; on every rank, with that rank's traceback.
+        """
+        if iteration != self._iteration:
+            self._iteration = iteration
+            self.crew.forgive()
+        slots = range(len(passages)) if slots is None else slots
         self._round += 1
         key = f"rollout/{self._round}"
         report = _Report(self._topology.rank, [])
-        if self.engines:
+        if self.crew.engines:
             try:
-                report = _Report(self._topology.rank, self._run(self._play_mine(key, iteration, passages)))
+                report = _Report(self._topology.rank, self._run(self._play_mine(key, iteration, passages, slots)))
             except Exception:
                 self._store.add(f"{key}/failed", 1)
                 report = _Report(self._topology.rank, [], traceback.format_exc())
@@ -146,9 +188,9 @@ class RolloutPool:
         reports = self._exchange(f"the episodes of iteration {iteration}", report)
         self._raise_errors(f"iteration {iteration}", reports)
         episodes = sorted((episode for each in reports for episode in each.episodes), key=lambda episode: episode.slot)
-        if [episode.slot for episode in episodes] != list(range(len(passages))):
-            played = [episode.slot for episode in episodes]
-            raise EngineError(f"iteration {iteration}: {len(passages)} passages were to be played once each, not {played}")
+        played = [episode.slot for episode in episodes]
+        if len(set(played)) != len(played) or not set(played) <= set(slots):
+            raise EngineError(f"iteration {iteration}: of slots {list(slots)} each was to be played once, not {played}")
         return episodes
 
     def close(self) -> None:
@@ -156,10 +198,10 @@ class RolloutPool:
         with ExitStack() as stack:  # whatever fails to close, the rest is closed
             if self._loop is not None:
                 stack.callback(self._close_loop)
-            for engine in self.engines:
+            for engine in self.crew.engines:
                 stack.callback(engine.close)
             if self._loop is not None:
-                for each in (*(engine.close_requests for engine in self.engines), *(h.close for h in self._helpers)):
+                for each in (*(engine.close_requests for engine in self.crew.engines), *(h.close for h in self._helpers)):
                     stack.callback(lambda close=each: self._run(close()))
 
     def _close_loop(self) -> None:
@@ -169,25 +211,23 @@ class RolloutPool:
 
     # ---- this rank's share --------------------------------------------------------------------------------------
 
-    async def _play_mine(self, key: str, iteration: int, passages: Sequence[Passage]) -> list[Episode]:
+    async def _play_mine(
+        self, key: str, iteration: int, passages: Sequence[Passage], slots: Sequence[int]
+    ) -> list[Episode]:
         episodes: list[Episode] = []
 
         async def player(engine: Engine) -> None:
-            while (slot := self._claim(key)) < len(passages):
+            while (turn := self._claim(key)) < len(slots):
+                slot = slots[turn]
                 episodes.append(await self._play(passages[slot], iteration, slot, engine))
 
-        tasks = [asyncio.ensure_future(player(engine)) for engine in self.engines for _ in range(self._in_flight)]
-        players = asyncio.gather(*tasks)
-        watch = asyncio.ensure_future(self._watch(key))
-        try:
-            done, _ = await asyncio.wait([watch, players], return_when=asyncio.FIRST_COMPLETED)
-            for finished in done:
-                finished.result()
-        finally:
-            # Not the gather: what is still running after a failure has to be over before the loop stops.
-            for task in (*tasks, watch):
-                task.cancel()
-            await asyncio.gather(*tasks, players, watch, return_exceptions=True)
+        async def serve(engine: Engine) -> None:
+            try:
+                await _until_first([self._watch(engine)], [player(engine) for _ in range(self._in_flight)])
+            except EngineError as error:
+                self.crew.fail(engine, error)
+
+        await _until_first([self._beat(key)], [serve(engine) for engine in self.crew.working])
         return episodes
 
     def _wait_for_hosts(self, key: str, what: str) -> None:
@@ -197,7 +237,7 @@ class RolloutPool:
         """
         if self._topology.world_size == 1:
             return
-        if self.engines:
+        if self.crew.engines:
             self._store.add(f"{key}/finished", 1)
         beats, heard = -1, time.monotonic()
         while self._store.add(f"{key}/finished", 0) < self._store.add("rollout/hosts", 0):
@@ -210,16 +250,20 @@ class RolloutPool:
     def _claim(self, key: str) -> int:
         """The next slot; one past any batch once a rank has failed. The store answers within its own timeout."""
         if self._store.add(f"{key}/failed", 0):
-            raise EngineError("another rank failed; its error says why")
+            raise RuntimeError("another rank failed; its error says why")
         return self._store.add(f"{key}/claimed", 1) - 1
 
-    async def _watch(self, key: str) -> None:
-        """Notices a dead engine at once, even when nothing is being asked of it, and shows that this host lives."""
+    async def _beat(self, key: str) -> None:
+        """Shows the other ranks that this host lives."""
         while True:
             await asyncio.sleep(0.5)
             self._store.add(f"{key}/beats", 1)
-            for engine in self.engines:
-                engine.check()
+
+    async def _watch(self, engine: Engine) -> None:
+        """Notices a dead engine at once, even when nothing is being asked of it."""
+        while True:
+            await asyncio.sleep(0.5)
+            engine.check()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
@@ -253,3 +297,18 @@ class RolloutPool:
         errors = [f"rank {each.rank}:\n{each.error}" for each in reports if each.error is not None]
         if errors:
             raise EngineError(f"{what} failed on {len(errors)} of {len(reports)} ranks\n" + "\n".join(errors))
+
+
+async def _until_first(watches: Sequence[Coroutine[Any, Any, None]], work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Runs all until the work is done or something fails, which is then raised; whatever still runs is over by then."""
+    tasks = [asyncio.ensure_future(each) for each in (*watches, *work)]
+    done = asyncio.gather(*tasks[len(watches) :])
+    try:
+        finished, _ = await asyncio.wait([*tasks[: len(watches)], done], return_when=asyncio.FIRST_COMPLETED)
+        for each in finished:
+            each.result()
+    finally:
+        # Not the gather: cancelling it would not wait for what it gathers.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, done, return_exceptions=True)

@@ -24,6 +24,7 @@ from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout.client import EngineClient
 from megatron_spice.rollout.engine import MEMORY, EngineError
 from megatron_spice.rollout.placement import server_settings
+from megatron_spice.rollout.pulse import Pulse
 from megatron_spice.rollout.sglang_server import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 _LOG_LINES = 25
 SCRATCH = "spice-engine-"
 # What torchrun tells a training rank about its group; an engine that read it would join, or wait for, the trainers.
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+_RANK_VARIABLES = (
+    "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "GLIBC_TUNABLES",
+)  # fmt: skip
 _RANK_PREFIXES = ("LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "GOMP_")
 
 
@@ -64,6 +67,7 @@ class SglangEngine:
         self._ports: list[ReservedPort] = []
         self._scratch: str | None = None
         self._client: EngineClient | None = None
+        self._pulse: Pulse | None = None
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -84,6 +88,7 @@ class SglangEngine:
             log_path=self.log_path,
             environment=_server_environment(key, self._scratch),
         )
+        self._pulse = Pulse(self._child.pid, self._config.hang_timeout)
         self._client = EngineClient(
             f"http://{LOOPBACK}:{port}",
             key,
@@ -101,16 +106,27 @@ class SglangEngine:
         self._running().wait_ready(self._config.start_timeout, self.check)
 
     def check(self) -> None:
-        """Raises EngineError with the end of the log if the server is not running."""
-        if self._child is None:
+        """Raises EngineError with the end of the log if the server is not running, or hangs."""
+        if self._child is None or self._client is None or self._pulse is None:
             raise EngineError("the engine was not launched")
         if self._child.exit_code() is not None:
             raise EngineError(self._diagnosis())
+        if self._pulse.is_hung(has_work=self._client.num_running > 0):
+            raise EngineError(
+                f"engine {self._client.url} hangs: it has {self._client.num_running} requests and used no processor time for "
+                f"{self._config.hang_timeout:g} s (rollout.hang_timeout)\n{self._diagnosis()}"
+            )
 
     def restart(self) -> None:
         """A new server in place of this one, dead or alive; it has no weights until the next sync."""
         self.launch()
         self.wait_ready()
+
+    def kill(self) -> None:
+        """See `Engine.kill`: no time to end in good order, of which a stopped process would use all."""
+        if self._child is not None:
+            self._child.stop(grace=0.0)
+        self.close()
 
     def close(self) -> None:
         """Ends the server and all it started and removes its scratch files; the log stays. May be called twice."""
@@ -120,7 +136,8 @@ class SglangEngine:
             port.release()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
-        self._child, self._ports, self._scratch, self._client = None, [], None, None
+        # The client stays until `launch`: it may have connections to let go of.
+        self._child, self._ports, self._scratch, self._pulse = None, [], None, None
 
     @property
     def pid(self) -> int | None:
@@ -133,7 +150,7 @@ class SglangEngine:
         return self._running()
 
     def _running(self) -> EngineClient:
-        if self._client is None:
+        if self._client is None or self._child is None:
             raise EngineError("the engine was not launched")
         return self._client
 

@@ -25,6 +25,8 @@ from megatron_spice.weights.stage import Key, Stage
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+Memory = Callable[[int, torch.dtype], torch.Tensor]
+"""Gives a flat tensor of so many numbers of a type, which a bucket is then put into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,36 +99,45 @@ class Gatherer:
 
     @torch.no_grad()
     def buckets(
-        self, parameters: Mapping[Key, torch.Tensor], changes: Mapping[Key, Change] | None = None
+        self,
+        parameters: Mapping[Key, torch.Tensor],
+        changes: Mapping[Key, Change] | None = None,
+        memory: Memory | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields dictionaries of whole Hugging Face tensors: views of one flat buffer, valid until the next.
+        """Yields dictionaries of whole Hugging Face tensors: views of one flat buffer, from `memory` if it is given.
 
         Args:
             parameters: this rank's (`weights/stage.py` says under which keys).
             changes: what is to be made of some of them before they are gathered.
+            memory: where buckets are put, on this host; None: fresh memory of the parameters' device.
         """
         sample = next(iter(parameters.values()))
         for bucket in self.plan:
             here = bucket.stage == self.stage.rank
-            if here and bucket.expert_rank in (None, self.stage.expert_rank):
-                flat = self._merge(bucket, parameters, changes or {})
-            else:
+            if memory is None:
                 flat = torch.empty(bucket.num_elements, dtype=sample.dtype, device=sample.device)
+            else:
+                flat = memory(bucket.num_elements, sample.dtype)
+            if here and bucket.expert_rank in (None, self.stage.expert_rank):
+                self._merge(bucket, parameters, changes or {}, _views(flat, bucket.shapes))
             if here and bucket.expert_rank is not None:
                 _broadcast(flat, bucket.expert_rank, self.expert_group)
             _broadcast(flat, bucket.stage, self.pipeline_group)
             yield _views(flat, bucket.shapes)
 
     def _merge(
-        self, bucket: Bucket, parameters: Mapping[Key, torch.Tensor], changes: Mapping[Key, Change]
-    ) -> torch.Tensor:
-        """The bucket's tensors, one after the other, from slices of this stage."""
-        tensors: dict[str, torch.Tensor] = {}
+        self,
+        bucket: Bucket,
+        parameters: Mapping[Key, torch.Tensor],
+        changes: Mapping[Key, Change],
+        views: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Fills the bucket's tensors from slices of this stage."""
         for entry in bucket.entries:
             key = self.stage.key(entry, parameters)
             mine = changes[key](parameters[key]) if key in changes else parameters[key]
-            tensors.update(merge_ranks(entry, self._slices(entry, mine), self.architecture))
-        return torch.cat([tensors[name].reshape(-1) for name in bucket.shapes])
+            for name, tensor in merge_ranks(entry, self._slices(entry, mine), self.architecture).items():
+                views[name].copy_(tensor)
 
     def _slices(self, entry: Entry, mine: torch.Tensor) -> Sequence[torch.Tensor]:
         mine = mine.detach().contiguous()

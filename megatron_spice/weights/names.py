@@ -132,7 +132,8 @@ def split_for_rank(
 def merge_ranks(
     entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture
 ) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone.
+    """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone. They may
+    be views of the slices.
 
     Where every rank holds all of it (norms, the router, an expert) one slice is enough.
     """
@@ -141,13 +142,17 @@ def merge_ranks(
     if entry.kind == "replicated":
         return {entry.hf[0]: slices[0]}
     if entry.kind == "row":
-        return {entry.hf[0]: torch.cat(list(slices), dim=1)}
+        return {entry.hf[0]: _join(slices, dim=1)}
     if entry.kind == "gated":
         halves = [part.chunk(2) for part in slices]
-        return {name: torch.cat([half[index] for half in halves]) for index, name in enumerate(entry.hf)}
+        return {name: _join([half[index] for half in halves]) for index, name in enumerate(entry.hf)}
     if entry.kind == "vocabulary":
-        return {entry.hf[0]: torch.cat(list(slices))[: architecture.vocab_size]}
-    return dict(zip(entry.hf, _part_qkv(torch.cat(list(slices)), architecture)))
+        return {entry.hf[0]: _join(slices)[: architecture.vocab_size]}
+    return dict(zip(entry.hf, _part_qkv(_join(slices), architecture)))
+
+
+def _join(slices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return slices[0] if len(slices) == 1 else torch.cat(list(slices), dim=dim)
 
 
 def hf_shapes(entry: Entry, architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:

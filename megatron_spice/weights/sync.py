@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_spice.rollout.engine import Engine
+from megatron_spice.rollout.crew import Crew
 
 
 # Largest mean |policy - engine| log-probability taken for rounding: bfloat16 kernels of two systems differ in order, and an
@@ -49,41 +50,56 @@ class SyncReport:
 def push(
     buckets: Callable[[], Iterator[dict[str, torch.Tensor]]],
     names: Collection[str],
-    engines: Sequence[Engine],
+    crew: Crew,
     version: str,
 ) -> tuple[float, int]:
-    """Sends all buckets to the engines of this rank. All ranks call it together: gathering is collective.
+    """Sends all buckets to the engines of this rank. All ranks call it together: gathering is collective, so it goes on
+    when an engine fails, which its crew then knows. While a bucket is on its way the next one is gathered.
 
     Args:
-        buckets: gathers the weights anew at each call.
+        buckets: gathers the weights anew at each call; a bucket stays as it is until the one after the next is asked for.
         names: the tensors that together are the whole model.
 
     Returns:
         Seconds taken and bytes of one copy of the weights.
 
     Raises:
-        EngineError: an engine refused a bucket, or reports another version afterwards.
         SyncMismatch: a tensor was not sent, so the engines would go on with an old one.
     """
     start = time.perf_counter()
     num_bytes = 0
     missing = set(names)
-    for engine in engines:
-        engine.begin_update()
-    for bucket in buckets():
-        num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
-        for engine in engines:
-            engine.update_bucket(list(bucket.items()))
-        missing.difference_update(bucket)
+    crew.each(lambda engine: engine.begin_update())
+    with ThreadPoolExecutor(1, initializer=_like_this_thread()) as sender:
+        sending: Future[None] | None = None
+        for bucket in buckets():
+            num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
+            missing.difference_update(bucket)
+            if sending is not None:
+                sending.result()
+            sending = sender.submit(_send, crew, list(bucket.items()))
+        if sending is not None:
+            sending.result()
     if missing:
         raise SyncMismatch(f"{len(missing)} of {len(names)} tensors were not sent, among them {sorted(missing)[:3]}")
-    for engine in engines:
-        engine.end_update(version)
+    crew.each(lambda engine: engine.end_update(version))
     dist.barrier()
     return time.perf_counter() - start, num_bytes
 
 
-def verify(ours: Sequence[float], engines: Sequence[Engine], probe_ids: Sequence[int], tolerance: float) -> float:
+def _send(crew: Crew, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    crew.each(lambda engine: engine.update_bucket(named_tensors))
+
+
+def _like_this_thread() -> Callable[[], None]:
+    """Gives another thread this one's device: each thread begins with the first."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    device = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(device)
+
+
+def verify(ours: Sequence[float], crew: Crew, probe_ids: Sequence[int], tolerance: float) -> float:
     """Compares policy and engines on a fixed text. All ranks call it together and all learn the outcome.
 
     Args:
@@ -96,9 +112,11 @@ def verify(ours: Sequence[float], engines: Sequence[Engine], probe_ids: Sequence
         SyncMismatch: it passes `tolerance`.
     """
     ours_t = torch.tensor(ours)
+    scores: list[list[float]] = []
+    crew.each(lambda engine: scores.append(engine.score(list(probe_ids))))
     worst = 0.0
-    for engine in engines:
-        difference = (torch.tensor(engine.score(list(probe_ids))) - ours_t).abs().mean().item()
+    for score in scores:
+        difference = (torch.tensor(score) - ours_t).abs().mean().item()
         worst = max(worst, difference if difference == difference else float("inf"))
     everyone: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(everyone, worst)

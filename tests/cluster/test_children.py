@@ -106,3 +106,20 @@ def test_a_reserved_port_can_be_served_on_but_is_given_to_nobody() -> None:
             socket.create_connection(server.getsockname()).close()
         for other in others:
             other.close()
+
+
+def test_a_log_that_cannot_be_written_neither_stops_the_child_nor_hides_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "child.log").symlink_to("/dev/full")
+    code = "import sys; print('x' * 300000); print('ready', flush=True); sys.exit('last words')"
+    child = Child([sys.executable, "-c", code], log_path=tmp_path / "child.log", environment=ENVIRONMENT)
+    assert until(lambda: child.exit_code() == 1)
+    assert child.log_tail(2) == "ready\nlast words"
+    child.stop()
+
+
+def test_logs_leave_no_open_file(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        start("print('ready', flush=True); import time; time.sleep(60)", tmp_path / f"{number}.log").stop()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (tmp_path / "2.log").read_text() == "ready\n"

@@ -16,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.records import Attempt, Completion, Episode, Passage, Sampling
-from megatron_spice.rollout.engine import EngineError
+from megatron_spice.rollout.engine import EngineError, EnginesLost
 from megatron_spice.rollout.pool import RolloutPool
 
 
@@ -35,6 +35,9 @@ class FakeEngine:
 
     def close(self) -> None:
         self.life.append("close")
+
+    def kill(self) -> None:
+        self.life.append("kill")
 
     def check(self) -> None:
         if self.dead:
@@ -97,12 +100,52 @@ def test_a_passage_that_fails_is_an_error_and_the_pool_can_go_on() -> None:
     pool.close()
 
 
-def test_an_engine_that_dies_silently_is_noticed() -> None:
+def test_an_engine_that_dies_silently_is_noticed_and_loses_only_what_it_was_playing() -> None:
     engine = FakeEngine(delay=1000.0)
     engine.dead = True
-    pool = single(engine)
-    with pytest.raises(EngineError, match="the engine has ended"):
-        pool.play(1, passages(2))
+    pool = single(engine, max_restarts=1)
+    assert pool.play(1, passages(2)) == [] and engine.life == ["kill"]
+    assert pool.lost() == ["engine of rank 0: the engine has ended"]
+    assert pool.play(1, passages(2)) == []  # nothing is asked of a dead engine
+    pool.sleep()
+    engine.delay, engine.dead = 0.0, False
+    assert pool.revive() == 1 and pool.lost() == []
+    assert engine.life == ["kill", "close_requests", "launch", "ready"]
+    assert [episode.slot for episode in pool.play(1, passages(6), [1, 4, 5])] == [1, 4, 5]
+    pool.close()
+
+
+def test_an_engine_that_keeps_failing_is_given_up_within_an_iteration_and_not_over_many() -> None:
+    engine = FakeEngine()
+    pool = single(engine, max_restarts=2)
+    for iteration in range(1, 5):
+        for failure in range(3 if iteration == 4 else 2):
+            engine.dead, engine.delay = True, 1000.0
+            assert pool.play(iteration, passages(1)) == [] and len(pool.lost()) == 1
+            if failure == 2:
+                with pytest.raises(EnginesLost, match="(?s)failed 3 times in a row .rollout.max_restarts=2.*has ended"):
+                    pool.revive()
+                return pool.close()
+            engine.dead, engine.delay = False, 0.0
+            pool.revive()
+        assert len(pool.play(iteration, passages(3))) == 3
+    raise AssertionError("it was never given up")
+
+
+def test_an_engine_that_answers_garbage_is_replaced_and_nothing_of_it_is_kept() -> None:
+    class Garbage(FakeEngine):
+        async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
+            if prompt_ids == [3] and "launch" not in self.life:
+                raise EngineError("no completion")
+            return await super().generate(prompt_ids, num_samples, sampling)
+
+    engine = Garbage(delay=0.01)
+    pool = single(engine, max_restarts=1)
+    first = pool.play(1, passages(8))
+    missing = [slot for slot in range(8) if slot not in {episode.slot for episode in first}]
+    assert 3 in missing and len(pool.lost()) == 1
+    pool.revive()
+    assert [episode.slot for episode in pool.play(1, passages(8), missing)] == missing
     pool.close()
 
 
@@ -152,6 +195,21 @@ def two_ranks(rank: int, store: dist.Store) -> None:
         both.play(2, [Passage(0, 0, "test", (1,), "bad"), *passages(30)])
     assert len(both.play(3, passages(3))) == 3
     both.close()
+
+    # An engine that fails: the other rank's plays on, both know what is missing, and what is missing is played again.
+    lame = FakeEngine(delay=1000.0 if rank == 1 else 0.02)
+    lame.dead = rank == 1
+    store = dist.PrefixStore("lame", store)
+    pair = RolloutPool(topology, store, [lame], play, passages_in_flight=2, max_restarts=1)
+    pair.start()
+    episodes = pair.play(1, passages(40))
+    played = [episode.slot for episode in episodes]
+    assert 30 < len(played) < 40 and pair.lost() == ["engine of rank 1: the engine has ended"]
+    lame.dead, lame.delay = False, 0.0
+    assert pair.revive() == 1
+    again = pair.play(1, passages(40), [slot for slot in range(40) if slot not in played])
+    assert sorted(played + [episode.slot for episode in again]) == list(range(40))
+    pair.close()
 
     # Only the first rank hosts an engine; the other gets the episodes all the same.
     store = dist.PrefixStore("one", store)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import make_model
+from small_models import add_tokenizer, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "policy"]
@@ -78,3 +78,21 @@ def test_against_itself_without_sharing(tmp_path):
     assert len(result["seconds"]) == len(result["their_seconds"]) == 1
     ours, theirs = result["first_gradient_norms"].values()
     assert ours == pytest.approx(theirs, rel=1e-4) and ours > 0
+
+
+def test_twenty_syncs_in_a_row_leave_memory_and_open_files_where_they_were(tmp_path):
+    model = add_tokenizer(make_model(tmp_path / "hf", "llama", tied=True))
+    command = [*BENCHMARK[:-1], "sync", "--model", str(model), "--steps", "20", "--threads", "1", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    [result] = json.loads((tmp_path / "out" / "sync.json").read_text())["results"]
+    assert len(result["all_seconds"]["sync"]) == 21 and result["ratio"] > 0 and result["gib"] > 0
+    growth = result["growth"]
+    assert growth["trainer_files"] == growth["engine_files"] == 0
+    assert abs(growth["trainer_mib"]) < 16 and abs(growth["engine_mib"]) < 16
+    assert set(result["parts"]) == {"begin_update", "update_bucket", "end_update"}
+
+
+def test_a_sync_of_what_is_no_model_is_refused(tmp_path):
+    done = subprocess.run([*BENCHMARK[:-1], "sync", "--model", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "is no Hugging Face folder" in done.stderr

@@ -21,6 +21,7 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
     from megatron_spice.config.schema import Config
     from megatron_spice.game.records import Sampling
     from megatron_spice.policy.policy import Policy
+    from megatron_spice.rollout.crew import Crew
     from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS
     from megatron_spice.rollout.supervisor import SglangEngine
     from megatron_spice.weights import sync
@@ -49,12 +50,12 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
             policy.sleep(keep_weights=True)
             for engine in engines:
                 engine.wake([WEIGHTS])
-            result["bytes"] = sync.push(policy.hf_buckets, policy.hf_names, engines, "7")[1]
+            result["bytes"] = sync.push(policy.hf_buckets, policy.hf_names, Crew(engines), "7")[1]
             ours = policy.score(probe)
             policy.sleep_weights()
             for engine in engines:
                 engine.wake([KV_CACHE])
-            result["difference"] = sync.verify(ours, engines, probe, 0.02)
+            result["difference"] = sync.verify(ours, Crew(engines), probe, 0.02)
             policy.wake()
             exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
             if here.is_first:
@@ -62,9 +63,9 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 result["version"] = engines[0].weight_version()
                 [completion] = asyncio.run(_greedy(engines[0], Sampling(temperature=0.0, max_new_tokens=8)))
                 result["greedy"] = completion.completion_ids
-            result["noticed"] = _corrupted_sync(policy, engines, probe, sync)
+            result["noticed"] = _corrupted_sync(policy, Crew(engines), probe, sync)
             try:
-                sync.push(lambda: list(policy.hf_buckets())[:-1], policy.hf_names, [], "9")
+                sync.push(lambda: list(policy.hf_buckets())[:-1], policy.hf_names, Crew([]), "9")
             except sync.SyncMismatch as error:
                 result["lost"] = str(error)
         finally:
@@ -82,7 +83,7 @@ async def _greedy(engine: Any, sampling: Any) -> Any:
         await engine.close_requests()
 
 
-def _corrupted_sync(policy: Any, engines: list[Any], probe: list[int], sync: Any) -> str:
+def _corrupted_sync(policy: Any, crew: Any, probe: list[int], sync: Any) -> str:
     """Sends one tensor with its rows in another order, as a wrong offset in a buffer would; what verify then says."""
 
     def buckets() -> Any:
@@ -90,9 +91,9 @@ def _corrupted_sync(policy: Any, engines: list[Any], probe: list[int], sync: Any
             name = next((name for name in bucket if name.endswith("2.mlp.down_proj.weight")), None)
             yield bucket if name is None else {**bucket, name: torch.roll(bucket[name], 1, 0).contiguous()}
 
-    sync.push(buckets, policy.hf_names, engines, "8")
+    sync.push(buckets, policy.hf_names, crew, "8")
     try:
-        sync.verify(policy.score(probe), engines, probe, 0.02)
+        sync.verify(policy.score(probe), crew, probe, 0.02)
     except sync.SyncMismatch as error:
         return str(error)
     return ""

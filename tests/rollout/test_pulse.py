@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_spice.rollout.pulse import Pulse, scheduler_ticks
+
+BUSY = "import time\nwhile True: sum(range(10000)); time.sleep(0.001)"
+
+
+@pytest.fixture
+def worker() -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def looks(pulse: Pulse, seconds: float, has_work: bool = True) -> list[bool]:
+    found, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        found.append(pulse.is_hung(has_work))
+    return found
+
+
+def test_a_process_that_works_has_a_pulse_and_one_that_is_stopped_has_none(worker: subprocess.Popen) -> None:
+    pulse = Pulse(worker.pid, patience=0.8)
+    assert not any(looks(pulse, 1.5)) and scheduler_ticks(worker.pid) > 0
+    worker.send_signal(signal.SIGSTOP)
+    assert not any(looks(pulse, 1.5, has_work=False)), "who has nothing to do may do nothing"
+    hung = looks(pulse, 1.5)
+    assert not hung[0] and hung[-1]
+    worker.send_signal(signal.SIGCONT)
+    assert not looks(pulse, 0.5)[-1]
+
+
+def test_time_in_which_nobody_looked_does_not_count(worker: subprocess.Popen) -> None:
+    """As when the whole machine was suspended."""
+    worker.send_signal(signal.SIGSTOP)
+    pulse = Pulse(worker.pid, patience=1.5)
+    pulse.is_hung(True)
+    time.sleep(2.5)
+    assert not pulse.is_hung(True)

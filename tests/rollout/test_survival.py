@@ -1,0 +1,173 @@
+"""Real servers that are killed, stopped or starved while they play: every passage is played once, and nothing is left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.game.records import Attempt, Episode, Passage, Sampling
+from megatron_spice.rollout.engine import Engine, EnginesLost
+from megatron_spice.rollout.pool import RolloutPool
+from megatron_spice.rollout.supervisor import SCRATCH, SglangEngine
+from tests.rollout.processes import processes, shared_memory
+
+HANG = 3.0
+
+
+async def play(passage: Passage, iteration: int, slot: int, engine: Engine) -> Episode:
+    [completion] = await engine.generate(list(passage.token_ids), 1, Sampling(1.0, 200))
+    return Episode(iteration, slot, passage, "chat", "MCQ", (Attempt(completion, None, None),))
+
+
+def passages(count: int) -> list[Passage]:
+    return [Passage(index, 0, "test", (40 + index, 41), "") for index in range(count)]
+
+
+class Match:
+    """A pool with one engine that has its weights from disk, so that a new one needs no sync."""
+
+    def __init__(self, model: Path, log: Path, max_restarts: int = 3) -> None:
+        config = RolloutConfig(threads=1, max_total_tokens=4096, max_running_requests=32, hang_timeout=HANG)
+        self.engine = SglangEngine(config, Topology(), "fp32", model, log, load_format="auto")
+        self.pool = RolloutPool(
+            Topology(), dist.HashStore(), [self.engine], play, passages_in_flight=4, max_restarts=max_restarts
+        )
+        self.pool.start()
+        self.groups = {self.engine.pid}
+        self.shared: set[Path] = set()
+
+    def play(self, iteration: int, count: int, harm: Callable[[int], None] | None = None) -> tuple[int, list[str], float]:
+        """Plays until nothing is missing. `harm` is done to the server's process group a moment after the start.
+
+        Returns: rounds that were needed, what was said of lost engines, seconds of the first round.
+        """
+        missing, rounds, said = list(range(count)), 0, []
+        episodes: list[Episode] = []
+        first = 0.0
+        while missing:
+            if rounds == 0 and harm is not None:
+                leader = self.engine.pid
+                assert leader is not None
+                self.shared |= shared_memory(*processes(leader))
+                threading.Timer(0.7, harm, [leader]).start()
+            began = time.monotonic()
+            episodes += self.pool.play(iteration, passages(count), missing)
+            first = first or time.monotonic() - began
+            rounds += 1
+            played = [episode.slot for episode in episodes]
+            assert len(set(played)) == len(played), "a passage was counted twice"
+            missing = [slot for slot in range(count) if slot not in played]
+            if lost := self.pool.lost():
+                said += lost
+                self.pool.revive()
+                self.groups.add(self.engine.pid)
+        assert all(len(episode.attempts[0].completion.completion_ids) > 0 for episode in episodes)
+        return rounds, said, first
+
+
+@contextmanager
+def match(model: Path, tmp_path: Path, **settings: int) -> Iterator[Match]:
+    """Afterwards there are no processes, no shared memory, no scratch folder and no open file of any server it had."""
+    files = len(os.listdir("/proc/self/fd"))
+    made = Match(model, tmp_path / "engine.log", **settings)
+    try:
+        yield made
+    finally:
+        made.pool.close()
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert not [process for group in made.groups for process in processes(group)]
+    deadline = time.monotonic() + 5
+    while (left := [path for path in made.shared if path.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    left_over = list(Path("/tmp").glob(f"{SCRATCH}{os.getpid()}-*"))
+    assert not left_over, [str(path) for folder in left_over for path in folder.rglob("*")]
+
+
+def scheduler(leader: int) -> int:
+    found = subprocess.run(["pgrep", "-g", str(leader), "-f", "scheduler"], capture_output=True, text=True).stdout
+    return int(found.split()[0])
+
+
+def test_repeated_kills_lose_no_passage_and_count_none_twice(tiny_model: Path, tmp_path: Path) -> None:
+    with match(tiny_model, tmp_path) as game:
+        for iteration, victim in enumerate((lambda leader: leader, scheduler), 1):
+            rounds, said, _ = game.play(iteration, 60, lambda leader: os.kill(victim(leader), signal.SIGKILL))
+            assert rounds == 2 and len(said) == 1, said
+        assert game.pool.crew.restarts == 2
+        assert game.play(9, 8)[:2] == (1, [])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["scheduler", "everything"])
+def test_a_server_that_hangs_is_noticed_in_seconds(tiny_model: Path, tmp_path: Path, whole: bool) -> None:
+    def stop(leader: int) -> None:
+        for process in processes(leader) if whole else [scheduler(leader)]:
+            os.kill(process, signal.SIGSTOP)
+
+    with match(tiny_model, tmp_path) as game:
+        rounds, said, seconds = game.play(1, 60, stop)
+        assert rounds == 2 and "hangs" in said[0] and "rollout.hang_timeout" in said[0]
+        assert seconds < 0.7 + HANG + 10
+
+
+def test_a_slow_server_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Three quarters of the time it is stopped, for longer than it may do nothing altogether, but never at a stretch."""
+    over = threading.Event()
+
+    def hamper(leader: int) -> None:
+        worker = scheduler(leader)
+        for _ in range(5):
+            os.kill(worker, signal.SIGSTOP)
+            over.wait(HANG / 2)
+            os.kill(worker, signal.SIGCONT)
+            over.wait(0.3)
+
+    with match(tiny_model, tmp_path) as game:
+        assert game.play(1, 150, hamper)[:2] == (1, [])
+        over.set()
+
+
+def test_a_server_that_cannot_be_kept_alive_is_given_up(tiny_model: Path, tmp_path: Path) -> None:
+    with match(tiny_model, tmp_path, max_restarts=0) as game:
+        with pytest.raises(EnginesLost, match="(?s)rank 0.*failed once .rollout.max_restarts=0.*engine.log"):
+            game.play(1, 60, lambda leader: os.kill(leader, signal.SIGKILL))
+
+
+def test_a_full_disk_under_its_log_does_not_stop_a_server(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "engine.log").symlink_to("/dev/full")
+    with match(tiny_model, tmp_path) as game:
+        assert game.play(1, 8)[:2] == (1, [])
+
+
+def test_a_port_that_is_taken_is_a_lost_engine_and_the_next_one_has_others(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    from megatron_spice.rollout import supervisor
+
+    with match(tiny_model, tmp_path) as game, socket.socket() as thief:
+        thief.bind(("127.0.0.1", 0))
+        thief.listen()
+        real = supervisor.ReservedPort
+        stolen = iter([thief.getsockname()[1]])
+
+        class Taken(real):
+            def __init__(self) -> None:
+                super().__init__()
+                self.number = next(stolen, self.number)
+
+        monkeypatch.setattr(supervisor, "ReservedPort", Taken)
+        rounds, said, _ = game.play(1, 60, lambda leader: os.kill(leader, signal.SIGKILL))
+        assert rounds == 2 and len(said) == 1 and game.pool.crew.restarts == 2
