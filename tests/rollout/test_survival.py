@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,10 +77,15 @@ class Match:
         return rounds, said, first
 
 
+def scratch_folders() -> set[Path]:
+    """Of this process's engines, among them one that all tests share."""
+    return set(Path(tempfile.gettempdir()).glob(f"{SCRATCH}{os.getpid()}-*"))
+
+
 @contextmanager
 def match(model: Path, tmp_path: Path, **settings: int) -> Iterator[Match]:
     """Afterwards there are no processes, no shared memory, no scratch folder and no open file of any server it had."""
-    files = len(os.listdir("/proc/self/fd"))
+    files, folders = len(os.listdir("/proc/self/fd")), scratch_folders()
     made = Match(model, tmp_path / "engine.log", **settings)
     try:
         yield made
@@ -91,8 +97,7 @@ def match(model: Path, tmp_path: Path, **settings: int) -> Iterator[Match]:
     while (left := [path for path in made.shared if path.exists()]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
-    left_over = list(Path("/tmp").glob(f"{SCRATCH}{os.getpid()}-*"))
-    assert not left_over, [str(path) for folder in left_over for path in folder.rglob("*")]
+    assert scratch_folders() == folders
 
 
 def scheduler(leader: int) -> int:
