@@ -88,8 +88,9 @@ def test_twenty_syncs_in_a_row_leave_memory_and_open_files_where_they_were(tmp_p
     [result] = json.loads((tmp_path / "out" / "sync.json").read_text())["results"]
     assert len(result["all_seconds"]["sync"]) == 21 and result["ratio"] > 0 and result["gib"] > 0
     growth = result["growth"]
-    assert growth["trainer_files"] == growth["engine_files"] == 0
-    assert abs(growth["trainer_mib"]) < 16 and abs(growth["engine_mib"]) < 16
+    # Fewer is possible: a connection from before may be closed meanwhile.
+    assert growth["trainer_files"] <= 0 and growth["engine_files"] <= 0
+    assert growth["trainer_mib"] < 16 and growth["engine_mib"] < 16
     assert set(result["parts"]) == {"begin_update", "update_bucket", "end_update"}
 
 
