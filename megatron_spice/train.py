@@ -97,7 +97,6 @@ def _play(run: Run, iteration: int, passages: list[Passage]) -> tuple[list[Episo
         num_again += len(missing)
         run.say(f"iteration {iteration}: {len(missing)} of {len(passages)} passages were lost with an engine, to be played again")
         with run.timer.phase("recover"):
-            _replace_lost_engines(run)
             _to_engines(run, version=iteration - 1)
 
 
@@ -139,8 +138,9 @@ def _given_up(run: Run, state: dict[str, Any], error: EnginesLost) -> EngineErro
     iteration = state["iteration"]
     if iteration > run.saved:
         run.checkpointer.save(run.policy, state)
+    saved = f"is saved up to iteration {iteration}" if iteration else "had no finished iteration to save"
     return EngineError(
-        f"{error}\nThe run is saved up to iteration {iteration} in {run.config.run.dir}. Look at {run.config.run.dir}/logs/"
+        f"{error}\nThe run {saved} in {run.config.run.dir}. Look at {run.config.run.dir}/logs/"
         "engine_*.log for the cause, then start the same command again: it goes on from there"
     )
 

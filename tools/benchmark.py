@@ -24,6 +24,7 @@ import json
 import os
 import shlex
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -105,17 +106,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows = [[title for title, _, _ in columns]]
     for result in results:
         values = {
-            **result, "median": _median(result["seconds"]), "computed_share": result["computed_tokens"] / result["tokens"],
-            "theirs": _median(result["their_seconds"]) if result["their_seconds"] else None,
+            **result, "median": statistics.median(result["seconds"]),
+            "computed_share": result["computed_tokens"] / result["tokens"],
+            "theirs": statistics.median(result["their_seconds"]) if result["their_seconds"] else None,
         }  # fmt: skip
         rows.append(["-" if values[key] is None else form.format(values[key]) for _, key, form in columns])
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def _parser() -> argparse.ArgumentParser:

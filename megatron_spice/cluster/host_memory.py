@@ -1,7 +1,7 @@
 """Host memory of a training process on a CPU, where activations live in it.
 
 glibc asks the kernel for every large block anew and gives it back when it is freed. The kernel must then zero the pages
-again, one fault each: for a small model on two cores that is a fifth of an update. With `TUNABLES` freed blocks are kept
+again, one fault each: for a small model on two cores that is a tenth of an update. With `TUNABLES` freed blocks are kept
 for the next ones, and `give_back_freed_memory` gives them back where a process goes to sleep.
 
 The thread cache has to be off with it: it would hold on to the crumbs that aligned blocks leave beside them, and glibc

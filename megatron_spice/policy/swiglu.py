@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 PIECE = 2**18
@@ -21,9 +20,6 @@ PIECE = 2**18
 
 class SwiGLU(MegatronModule):
     """Megatron's slot for an activation: [..., 2f], gates before what they gate -> [..., f]."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config=config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return swiglu(x)

@@ -60,7 +60,7 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     return torch.einsum("nqk,kbnd->qbnd", weights, value).flatten(2)
 
 
-def compare(codes_q3: torch.Tensor, codes_k3: torch.Tensor, dtype: torch.dtype, bound: float) -> None:
+def assert_matches_the_reference(codes_q3: torch.Tensor, codes_k3: torch.Tensor, dtype: torch.dtype, bound: float) -> None:
     """Result and gradients against the reference; `bound` is of the norm of the error, relative."""
     *inputs, grad = tensors(len(codes_q3), len(codes_k3), dtype)
     exact = [tensor.double().requires_grad_() for tensor in inputs]
@@ -79,7 +79,7 @@ def compare(codes_q3: torch.Tensor, codes_k3: torch.Tensor, dtype: torch.dtype, 
 @settings(max_examples=40, deadline=None)
 @given(ROWS)
 def test_rows_match_the_definition(codes: torch.Tensor):
-    compare(codes, codes, torch.float32, 5e-6)
+    assert_matches_the_reference(codes, codes, torch.float32, 5e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,14 +87,14 @@ def test_rows_match_the_definition(codes: torch.Tensor):
 def test_parts_of_rows_match_the_definition(codes: torch.Tensor, rank: tuple[int, int]):
     codes_q3, codes_k3 = of_rank(codes, *rank)
     if len(codes_q3):
-        compare(codes_q3, codes_k3, torch.float32, 5e-6)
+        assert_matches_the_reference(codes_q3, codes_k3, torch.float32, 5e-6)
 
 
 @pytest.mark.parametrize("blocks", [[(160, [32] * 8)], [(160, [32])] * 8, [(400, [30, 60, 45, 0, 200])], [(1, [])]])
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
 def test_rows_of_real_lengths(blocks: list[tuple[int, list[int]]], dtype: torch.dtype, bound: float):
     codes = codes_of(blocks, padding=3)
-    compare(codes, codes, dtype, bound)
+    assert_matches_the_reference(codes, codes, dtype, bound)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -18,7 +18,7 @@ import sys
 import types
 from typing import Any
 
-from torch.library import define
+from torch import library
 
 __version__ = "3.0.0"
 __all__ = ["autotune", "cdiv", "heuristics", "jit", "next_power_of_2"]
@@ -32,7 +32,7 @@ def _declare_torchvision_operators() -> None:
     """
     for name in ("nms", "qnms"):
         try:
-            define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:  # a torchvision that fits this torch has declared it
             return
 
