@@ -10,7 +10,6 @@ import json
 import random
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,8 +204,3 @@ def _peak_gib(device: Any) -> float:
 
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def temporary_result() -> Path:
-    """A path for a rank's result."""
-    return Path(tempfile.mkdtemp(prefix="spice-benchmark-")) / "result.json"

@@ -1,22 +1,62 @@
-"""One rank of `tools/benchmark.py sync`: a policy, a real engine, and the weights sent from one to the other many times.
+"""`tools/benchmark.py sync`: a policy, a real engine, and the weights sent from one to the other many times.
 
-The ceiling is a plain copy of the same bytes between two processes: one writes them into shared memory that both have
-mapped, the other copies them out. Copy and sync take turns, because the machine may have other work.
+Says how long that takes and what is left behind by it: growth is from the second sync to the last. The ceiling is a plain
+copy of the same bytes between two processes: one writes them into shared memory that both have mapped, the other copies
+them out. Copy and sync take turns, because the machine may have other work.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmark_options import need_model_folder, positive
+
+from megatron_spice import machine
+
+HELP = "the policy's weights on their way to an engine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's own options."""
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp8"])
+    parser.add_argument("--bucket-mb", type=positive, default=256, help="rollout.bucket_mb")
+    parser.add_argument("--steps", type=positive, default=20, help="timed syncs; their median is reported")
+
+
+def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One; ends with a message when there is no model."""
+    need_model_folder(options.model)
+    return [{
+        "title": options.precision, "ranks": 1, "device": machine.device("auto"), "model": options.model,
+        "precision": options.precision, "steps": options.steps, "threads": options.threads or machine.usable_cores(),
+        "rollout": {"bucket_mb": options.bucket_mb, "max_total_tokens": 4096},
+    }]  # fmt: skip
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """What was sent, how fast, how fast a plain copy is, where the time went, and what a sync leaves behind."""
+    lines = []
+    for result in results:
+        lines += [
+            f"{result['precision']}: {result['gib']:.3f} GiB in {result['seconds']:.3f} s = "
+            f"{result['gib_per_second']:.2f} GiB/s",
+            f"plain copy between two processes: {result['copy_seconds']:.3f} s = {result['copy_gib_per_second']:.2f} GiB/s",
+            f"sync / copy: {result['ratio']:.2f}",
+            "seconds inside: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in result["parts"].items()),
+            "growth: " + ", ".join(f"{name} {count:+.0f}" for name, count in result["growth"].items()),
+        ]
+    return "\n".join(lines)
 
 
 def run_rank(job: dict[str, Any], result: Path) -> None:
