@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from megatron_spice.game.records import Episode, Passage
 from megatron_spice.game.verify import Verifier
 from megatron_spice.rollout.buckets import Parcel
 from megatron_spice.rollout.engine import Engine
-from megatron_spice.rollout.placement import hosted_engine
+from megatron_spice.rollout.broadcast import Sender
+from megatron_spice.rollout.placement import hosted_engine, remote_engines
 from megatron_spice.rollout.pool import RolloutPool
+from megatron_spice.rollout.remote import KEY_VARIABLE, Expected, RemoteEngine
 from megatron_spice.rollout.supervisor import SglangEngine
 from megatron_spice.telemetry.run_log import RunLog
 from megatron_spice.telemetry.timer import PhaseTimer
@@ -82,7 +85,8 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     Afterwards the policy is awake and the engines sleep, as between any two iterations.
 
     Raises:
-        ConfigError: the run to be resumed has another corpus or seed than this recipe, or this machine cannot run it.
+        ConfigError: the run to be resumed has another corpus or seed than this recipe, this machine cannot run it, or an engine
+            that should run already does not, or has another model.
     """
     from megatron_spice.checkpoint.checkpointer import Checkpointer, load_tensors
     from megatron_spice.policy.policy import Policy
@@ -138,7 +142,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
-        f"{config.rollout.engines_per_node * topology.num_nodes} engine(s), ready after {time.perf_counter() - started:.0f} s"
+        f"{_count_engines(config, topology)}, ready after {time.perf_counter() - started:.0f} s"
     )
     return run
 
@@ -150,11 +154,14 @@ def _make_pool(
     # Engines sample from a seed of their own; a resumed run must not draw what it drew at its start.
     seed = config.rollout.seed + 7919 * config.train.seed + 104729 * done
     rollout = config.rollout.model_copy(update={"seed": seed % 2**31})
-    engines = []
-    number = hosted_engine(topology.local_rank, topology.local_world_size, config.rollout.engines_per_node)
-    if number is not None:
-        log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
-        engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path))
+    if rollout.engines:
+        engines = _remote_engines(config, topology)
+    else:
+        engines = []
+        number = hosted_engine(topology.local_rank, topology.local_world_size, rollout.engines_per_node)
+        if number is not None:
+            log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
+            engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path))
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,
@@ -164,6 +171,33 @@ def _make_pool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight,
         max_restarts=config.rollout.max_restarts, helpers=[verifier],
     )  # fmt: skip
+
+
+def _remote_engines(config: Config, topology: Topology) -> list[Engine]:
+    """Those of the servers that run already that this rank talks to. They are asked at once who they are, and all ranks together
+    raise ConfigError with what was wrong with any."""
+    rollout, shape = config.rollout, read_architecture(config.policy.model)
+    expected = Expected(shape.family, shape.vocab_size, rollout.context_length or shape.max_position_embeddings)
+    sender, key = Sender(topology.device), os.environ.get(KEY_VARIABLE, "")
+    mine = remote_engines(topology.rank, topology.world_size, rollout.engines)
+    engines = [RemoteEngine(url, rollout, key, expected, sender) for url in mine]
+    problems: list[str] = []
+    for engine in engines:
+        try:
+            engine.introduce()
+        except ConfigError as error:
+            problems += error.problems
+    everyone: list[list[str]] = [[]] * topology.world_size
+    dist.all_gather_object(everyone, problems)
+    if any(everyone):
+        raise ConfigError([problem for each in everyone for problem in each])
+    return engines
+
+
+def _count_engines(config: Config, topology: Topology) -> str:
+    if config.rollout.engines:
+        return f"{len(config.rollout.engines)} engine(s) that ran already"
+    return f"{config.rollout.engines_per_node * topology.num_nodes} engine(s)"
 
 
 async def _play(passage: Passage, iteration: int, slot: int, engine: Engine, **rest: Any) -> Episode:

@@ -14,6 +14,7 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
+from megatron_spice.rollout.placement import remote_engines
 
 RANKS_SHOWN = 64
 
@@ -93,8 +94,19 @@ def _ranks(config: Config, num_nodes: int, layout: ParallelLayout) -> str:
 
 
 def _engines(config: Config, num_nodes: int) -> str:
-    per_node, size = config.rollout.engines_per_node, config.rollout.tensor_parallel_size
     passages = config.train.passages
+    if urls := config.rollout.engines:
+        ranks = num_nodes * config.cluster.ranks_per_node
+        lines = [
+            f"# Rollout engines: {len(urls)} that run already; they share {passages} passages an iteration, "
+            f"{passages / len(urls):g} an engine on average"
+        ]
+        for rank in range(ranks):
+            lines += [f"rank {rank} talks to {url}" for url in remote_engines(rank, ranks, urls)]
+        if config.rollout.router is not None:
+            lines.append(f"generations go through the router {config.rollout.router}, weights to each engine")
+        return "\n".join(lines) + "\n"
+    per_node, size = config.rollout.engines_per_node, config.rollout.tensor_parallel_size
     total = per_node * num_nodes
     return (
         f"# Rollout engines: {total} ({per_node} a node), {size} rank{'s' if size > 1 else ''} each; they share "

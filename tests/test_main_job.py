@@ -167,6 +167,40 @@ def test_a_run_that_gives_up_on_its_engine_is_saved_and_goes_on(recipe, tmp_path
     assert [line["iteration"] for line in _metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_run_with_engines_that_run_already(recipe, tmp_path, monkeypatch):
+    """Two of them, one a rank, started here as anybody may start them; the run uses them and leaves them running."""
+    from megatron_spice.cluster.topology import Topology
+    from megatron_spice.config.schema import RolloutConfig
+    from megatron_spice.rollout import supervisor
+
+    monkeypatch.setattr(supervisor.secrets, "token_urlsafe", lambda size: "a-key")
+    config = RolloutConfig(max_total_tokens=4096, max_running_requests=8, context_length=1024, threads=1)
+    servers = [
+        supervisor.SglangEngine(config, Topology(rank=rank), "fp32", recipe.parent / "hf", tmp_path / f"server_{rank}.log")
+        for rank in range(2)
+    ]
+    try:
+        for server in servers:
+            server.launch()
+        for server in servers:
+            server.wait_ready()
+        urls = ",".join(server.client.url for server in servers)
+        run, settings = tmp_path / "run", (f"rollout.engines=[{urls}]", "train.iterations=2", "train.passages=6")
+        refused = _finish(_start(recipe, run, *settings), code=1)
+        assert refused.count("it wants another key: give it in the environment variable SPICE_ENGINE_KEY") == 2, refused
+        monkeypatch.setenv("SPICE_ENGINE_KEY", "a-key")
+        output = _finish(_start(recipe, run, *settings))
+        assert "2 engine(s) that ran already" in output and not list(run.glob("logs/engine_*"))
+        assert max(line["sync/difference"] for line in _metrics(run)) < 0.02
+        assert len(_passages(run)) == 12
+        for server in servers:
+            assert server.client.weight_version() == "1"
+            assert len(server.score([1, 2, 3])) == 2
+    finally:
+        for server in servers:
+            server.kill()
+
+
 def test_tensor_parallel_ranks_feed_a_tensor_parallel_engine(recipe, tmp_path):
     _finish(_start(
         recipe, tmp_path, "train.iterations=1", "policy.pipeline_parallel_size=1", "policy.tensor_parallel_size=2",

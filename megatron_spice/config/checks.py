@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from urllib.parse import urlsplit
 
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
@@ -21,6 +22,7 @@ def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
         ConfigError: it cannot run; the message holds everything that is in the way.
     """
     problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config) + check_offload(config)
+    problems += check_remote_engines(config)
     architecture = None
     try:
         architecture = read_architecture(config.policy.model)
@@ -76,6 +78,8 @@ def check_layout(config: Config, num_nodes: int) -> list[str]:
     ranks = num_nodes * per_node
     nodes = f"{num_nodes} node" + ("s" if num_nodes > 1 else "")
     problems += rank_problems(policy, ranks, f"{ranks} ranks ({nodes} x cluster.ranks_per_node={per_node})")
+    if rollout.engines:
+        return problems
     if per_node % rollout.engines_per_node:
         problems.append(
             f"rollout.engines_per_node={rollout.engines_per_node} does not divide cluster.ranks_per_node={per_node}; "
@@ -87,6 +91,48 @@ def check_layout(config: Config, num_nodes: int) -> list[str]:
             f"{rollout.tensor_parallel_size} engine ranks do not fit cluster.ranks_per_node={per_node}; lower one of them"
         )
     return problems
+
+
+def check_remote_engines(config: Config) -> list[str]:
+    """The addresses of servers that run already; whether anybody is there is found when the run starts."""
+    rollout = config.rollout
+    if not rollout.engines:
+        if rollout.router is None:
+            return []
+        return [
+            f"rollout.router={rollout.router} without rollout.engines: a router passes on no weights; list the servers behind "
+            "it in rollout.engines"
+        ]
+    problems = [_not_an_address("rollout.engines", url) for url in rollout.engines]
+    if rollout.router is not None:
+        problems.append(_not_an_address("rollout.router", rollout.router))
+    places = [url.rstrip("/").lower() for url in rollout.engines]
+    for place in sorted({place for place in places if places.count(place) > 1}):
+        problems.append(f"rollout.engines names {place} more than once; name each server once")
+    for key in ("engines_per_node", "tensor_parallel_size"):
+        if getattr(rollout, key) != 1:
+            problems.append(
+                f"rollout.{key}={getattr(rollout, key)} is for colocated engines, and rollout.engines names {len(places)} that "
+                f"run already, with ranks of their own; leave rollout.{key} out, or rollout.engines"
+            )
+    return [problem for problem in problems if problem]
+
+
+def _not_an_address(key: str, url: str) -> str:
+    """What is wrong with a URL, or ""."""
+    example = "give it as http://HOST:PORT or https://HOST:PORT"
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port is not None
+    except ValueError:
+        whole = False
+    if not whole:
+        return f"{key}={url} is not the address of a server; {example}"
+    if parts.username or parts.password:
+        return f"{key}: a recipe is copied around and must hold no password; {example}, and the key in SPICE_ENGINE_KEY"
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        return f"{key}={url} has more than a host and a port; {example}"
+    return ""
 
 
 def check_game(config: Config) -> list[str]:
@@ -114,7 +160,8 @@ def check_model(config: Config, architecture: ModelArchitecture, num_nodes: int 
     ranks = num_nodes * config.cluster.ranks_per_node
     told = rank_problems(config.policy, ranks)  # check_layout says it with the nodes
     problems = [problem for problem in layout_problems(config.policy, architecture, ranks) if problem not in told]
-    problems += tensor_problems("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, architecture)
+    if not config.rollout.engines:
+        problems += tensor_problems("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, architecture)
     return problems + _check_context(config, architecture)
 
 

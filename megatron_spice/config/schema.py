@@ -108,6 +108,14 @@ class RolloutConfig(Room):
         3, ge=0, description="Times an engine may be replaced in one iteration; after that the run is saved and ends."
     )
     seed: int = Field(0, ge=0, description="Seed of the engines' own sampling.")
+    engines: list[str] = Field(
+        [],
+        description="URLs of SGLang servers that run already, used instead of colocated engines; their key is given in the "
+        "environment variable SPICE_ENGINE_KEY. Each must be this run's alone.",
+    )
+    router: str | None = Field(
+        None, description="URL of an sglang-router before rollout.engines: generations go through it, weights to each engine."
+    )
 
 
 class Fp8Config(Room):

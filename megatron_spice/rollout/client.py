@@ -39,6 +39,7 @@ class EngineClient:
         control_timeout: seconds any other request may take.
         tensor_parallel_size: the server's; each of its ranks gets the handles of a bucket.
         diagnose: what is known about the server when it fails, for error messages.
+        generate_url: where generations are asked for, if not at `url`: a router before several servers.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class EngineClient:
         control_timeout: float = 120.0,
         tensor_parallel_size: int = 1,
         diagnose: Callable[[], str] = lambda: "",
+        generate_url: str | None = None,
     ) -> None:
         self._http = HttpVerbs(url, api_key, timeout=control_timeout, diagnose=diagnose)
+        self._generate_url = generate_url or url
         self._request_timeout = request_timeout
         self._control_timeout = control_timeout
         self._tensor_parallel_size = tensor_parallel_size
@@ -100,7 +103,7 @@ class EngineClient:
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         try:
-            async with self._connections().post(self._http.url + path, json=body) as response:
+            async with self._connections().post(self._generate_url + path, json=body) as response:
                 return self._http.accept("POST", path, response.status, await response.text(errors="replace"))
         except asyncio.TimeoutError as error:
             raise self._http.failure("POST", path, f"did not answer within {self._request_timeout:g} s") from error

@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """An engine did not do what it was asked: it is gone, it refused, or it took longer than it may."""
 
 
+class EngineRefused(EngineError):
+    """An engine answered, and what it said was no: it is there, unlike one that does not answer at all."""
+
+
 class EnginesLost(EngineError):
     """Engines failed and cannot be replaced; every rank knows, and has nothing else wrong with it."""
 

@@ -1,4 +1,4 @@
-"""Blocking HTTP to an engine on this machine: one request, one answer or an EngineError that says what was asked.
+"""Blocking HTTP to an engine: one request, one answer or an EngineError that says what was asked.
 
 `http.client` and nothing above it: it knows no proxies (a proxy variable in the environment must never see weights or
 an API key) and its timeout covers connecting and each wait for bytes.
@@ -12,18 +12,20 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_spice.rollout.engine import EngineError
+from megatron_spice.rollout.engine import EngineError, EngineRefused
 
 
 class HttpVerbs:
-    """`timeout`: seconds one request may wait. `diagnose` adds what is known about a failing engine, or ""."""
+    """`url` is http:// or https://. `api_key` may be "". `timeout`: seconds one request may wait. `diagnose` adds what is known
+    about a failing engine, or ""."""
 
     def __init__(self, url: str, api_key: str, *, timeout: float, diagnose: Callable[[], str] = lambda: "") -> None:
         self.url = url
-        self.headers = {"Authorization": f"Bearer {api_key}"}
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
         self._diagnose = diagnose
         self._address = urlsplit(url).netloc
+        self._connect = http.client.HTTPSConnection if urlsplit(url).scheme == "https" else http.client.HTTPConnection
 
     def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
@@ -34,7 +36,7 @@ class HttpVerbs:
             EngineError: there was no answer, or none in time.
         """
         seconds = self._timeout if timeout is None else timeout
-        connection = http.client.HTTPConnection(self._address, timeout=seconds)
+        connection = self._connect(self._address, timeout=seconds)
         try:
             payload = None if body is None else json.dumps(body)
             headers = {**self.headers, "Content-Type": "application/json"} if payload else self.headers
@@ -52,7 +54,8 @@ class HttpVerbs:
         """The answer's JSON, or its text if it is not JSON.
 
         Raises:
-            EngineError: no answer, a status other than 200, or an answer that says `"success": false`.
+            EngineError: no answer.
+            EngineRefused: a status other than 200, or an answer that says `"success": false`.
         """
         status, text = self.call(method, path, body, timeout=timeout)
         return self.accept(method, path, status, text)
@@ -65,7 +68,7 @@ class HttpVerbs:
             content = text
         refused = isinstance(content, dict) and content.get("success") is False
         if status != 200 or refused:
-            raise self.failure(method, path, f"was answered with {status}: {text[:2000]}")
+            raise EngineRefused(str(self.failure(method, path, f"was answered with {status}: {text[:2000]}")))
         return content
 
     def failure(self, method: str, path: str, what: str) -> EngineError:

@@ -29,6 +29,12 @@ def hosted_engine(local_rank: int, ranks_per_node: int, engines_per_node: int) -
     return engine if offset == 0 and engine < engines_per_node else None
 
 
+def remote_engines(rank: int, world_size: int, urls: Sequence[str]) -> list[str]:
+    """Which of the servers that run already this rank talks to: they are spread over all ranks, and with more servers than
+    ranks each rank has several, as evenly as can be. (2 of 8 ranks: 0 and 4.)"""
+    return [url for number, url in enumerate(urls) if number * world_size // len(urls) == rank]
+
+
 def threads_per_rank(config: RolloutConfig) -> int:
     """CPU threads of each of an engine's tensor-parallel ranks: what is configured, else the cores shared out."""
     if config.threads is not None:

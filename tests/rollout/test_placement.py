@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import RolloutConfig
-from megatron_spice.rollout.placement import cpu_binding, hosted_engine, server_settings, threads_per_rank
+from megatron_spice.rollout.placement import cpu_binding, hosted_engine, remote_engines, server_settings, threads_per_rank
 
 
 @given(st.integers(1, 64).flatmap(lambda ranks: st.tuples(st.just(ranks), st.integers(1, ranks))))
@@ -56,3 +56,10 @@ def test_ranks_of_a_cpu_engine_get_cores_of_their_own_while_there_are_enough() -
     assert cpu_binding([4, 6], ranks=2, threads=1) == "4|6"
     assert cpu_binding([0], ranks=2, threads=1) == "0|0"
     assert "cpu_binding" not in settings("cpu") and "|" in settings("cpu", tensor_parallel_size=2)["cpu_binding"]
+
+
+def test_servers_that_run_already_are_spread_over_all_ranks() -> None:
+    urls = [f"http://gpu{number}:30000" for number in range(5)]
+    assert [remote_engines(rank, 8, urls[:2]) for rank in range(8)] == [urls[:1], [], [], [], urls[1:2], [], [], []]
+    shares = [remote_engines(rank, 2, urls) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == urls and {len(share) for share in shares} == {2, 3}
