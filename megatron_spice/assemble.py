@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -22,8 +23,9 @@ from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.game.baselines import RoleBaselines
+from megatron_spice.game.carried import Game, game_from_state, game_state, new_games
 from megatron_spice.game.play import play_passage
-from megatron_spice.game.records import Episode, Passage
+from megatron_spice.game.records import Episode, Generator, Passage
 from megatron_spice.game.verify import Verifier
 from megatron_spice.rollout.buckets import Parcel
 from megatron_spice.rollout.engine import Engine
@@ -50,7 +52,7 @@ PROBE = (
 class Run:
     """What one rank holds of a run; `log` only on the first. `done` is the iteration that was resumed from, 0 if none.
 
-    `baselines` are None where a group's own mean is subtracted.
+    `baselines` are None where a group's own mean is subtracted. `carried` are games that earlier iterations have put off.
     """
 
     config: Config
@@ -67,11 +69,18 @@ class Run:
     saved: int = 0  # the newest iteration whose checkpoint this run made or came from
     engine_restarts: int = 0
     parcel: Parcel = field(default_factory=Parcel)
+    carried: list[Game] = field(default_factory=list)
+
+    def games(self, iteration: int) -> list[Game]:
+        """An iteration's batch: games that were put off, and as many new ones as are missing."""
+        size = math.ceil(self.config.train.passages * self.config.rollout.oversample)
+        return self.carried + new_games(iteration, self.sampler.next(max(0, size - len(self.carried))))
 
     def state(self, iteration: int) -> dict[str, Any]:
         """What a resumed run needs besides tensors."""
         baselines = self.baselines.state_dict() if self.baselines else {}
-        return {"iteration": iteration, "sampler": self.sampler.state_dict(), "baselines": baselines}
+        carried = [game_state(game) for game in self.carried]
+        return {"iteration": iteration, "sampler": self.sampler.state_dict(), "baselines": baselines, "carried": carried}
 
     def say(self, text: str) -> None:
         """Prints on the first rank."""
@@ -94,10 +103,12 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
-    sampler = PassageSampler(Corpus(config.corpus.path, tokenizer), config.train.seed)
+    corpus = Corpus(config.corpus.path, tokenizer)
+    sampler = PassageSampler(corpus, config.train.seed)
     baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
     resume, done = checkpointer.newest(), 0
+    carried: list[Game] = []
     if resume:
         state = checkpoints.read_state(resume)
         done = state["iteration"]
@@ -105,6 +116,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
             sampler.load_state_dict(state["sampler"])
             if baselines is not None:
                 baselines.load_state_dict(state.get("baselines", {}))
+            carried = [game_from_state(each, corpus.passage) for each in state.get("carried", [])]
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -138,7 +150,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
         config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer(),
-        saved=done,
+        saved=done, carried=carried,
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
@@ -168,7 +180,7 @@ def _make_pool(
         top_p=config.rollout.top_p, seed=config.train.seed,
     )  # fmt: skip
     return RolloutPool(
-        topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight,
+        topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
         max_restarts=config.rollout.max_restarts, helpers=[verifier],
     )  # fmt: skip
 
@@ -200,5 +212,5 @@ def _count_engines(config: Config, topology: Topology) -> str:
     return f"{config.rollout.engines_per_node * topology.num_nodes} engine(s)"
 
 
-async def _play(passage: Passage, iteration: int, slot: int, engine: Engine, **rest: Any) -> Episode:
+async def _play(passage: Passage, iteration: int, slot: int, engine: Generator, **rest: Any) -> Episode:
     return await play_passage(passage, iteration=iteration, slot=slot, engine=engine, **rest)

@@ -23,7 +23,7 @@ from megatron_spice.cluster import distributed, platform
 from megatron_spice.cluster.topology import from_environment
 from megatron_spice.config.schema import Config
 from megatron_spice.game import episodes as game
-from megatron_spice.game.records import Episode, Passage, Trajectory
+from megatron_spice.game.records import Episode, Trajectory
 from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS, EngineError, EnginesLost
 from megatron_spice.weights import sync
 
@@ -52,11 +52,10 @@ def _iterate(run: Run, iteration: int) -> None:
     config, timer = run.config, run.timer
     with timer.phase("sync"):
         synced = _to_engines(run, version=iteration - 1)
-    passages = run.sampler.next(config.train.passages)
-    episodes, num_again = _play(run, iteration, passages)
+    episodes, played = _play(run, iteration)
     if run.baselines is not None:
         episodes = run.baselines.apply(episodes)
-    trajectories = game.trajectories(episodes, config.game)
+    trajectories = game.trajectories(episodes, config.game, version=str(iteration - 1))
     with timer.phase("wake"):
         woken = _to_policy(run)
     with timer.phase("train"):
@@ -68,8 +67,8 @@ def _iterate(run: Run, iteration: int) -> None:
     if run.log is not None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
         baselines = run.baselines.metrics() if run.baselines is not None else {}
-        engines = {"engines/restarts": run.engine_restarts, "engines/passages_again": num_again}
-        metrics = {**game.metrics(episodes), **baselines, **update, **synced, **woken, **engines, **speed, **seconds}
+        engines = {"engines/restarts": run.engine_restarts}
+        metrics = {**game.metrics(episodes), **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds}
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)
@@ -82,22 +81,29 @@ def _iterate(run: Run, iteration: int) -> None:
         run.say(f"saved {saved} in {timer.metrics()['seconds/save']:.1f} s")
 
 
-def _play(run: Run, iteration: int, passages: list[Passage]) -> tuple[list[Episode], int]:
-    """Plays all passages; those that an engine took with it are played again. Returns the episodes by slot, and how many
-    passages had to be played again."""
+def _play(run: Run, iteration: int) -> tuple[list[Episode], dict[str, float]]:
+    """Plays until the iteration has its episodes; games that an engine took with it are played again, those that were begun
+    beyond the number wanted are carried over. Returns the episodes, those begun first first, and metrics."""
+    wanted = run.config.train.passages
+    games = run.games(iteration)
     episodes: list[Episode] = []
-    missing, num_again = list(range(len(passages))), 0
+    num_again = num_aborted = 0
     while True:
         with run.timer.phase("play"):
-            episodes += run.pool.play(iteration, passages, missing)
-        played = {episode.slot for episode in episodes}
-        missing = [slot for slot in missing if slot not in played]
-        if not missing:
-            return sorted(episodes, key=lambda episode: episode.slot), num_again
-        num_again += len(missing)
-        run.say(f"iteration {iteration}: {len(missing)} of {len(passages)} passages were lost with an engine, to be played again")
+            played = run.pool.play(iteration, games, wanted - len(episodes))
+        games = played.left
+        episodes += played.episodes
+        num_aborted += played.num_aborted
+        if (missing := wanted - len(episodes)) == 0:
+            break
+        num_again += missing
+        run.say(f"iteration {iteration}: {missing} of {wanted} passages were lost with an engine, to be played again")
         with run.timer.phase("recover"):
             _to_engines(run, version=iteration - 1)
+    run.carried = games
+    metrics = {"engines/passages_again": num_again, "game/carried_over": len(games), "game/aborted": num_aborted}
+    episodes.sort(key=lambda episode: (episode.begun, episode.slot))
+    return episodes, {name: float(value) for name, value in metrics.items()}
 
 
 def _to_engines(run: Run, version: int) -> dict[str, float]:

@@ -127,6 +127,37 @@ def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe
     assert "nothing to do" in _finish(_start(recipe, tmp_path / "killed"))
 
 
+def test_games_that_were_put_off_go_on_in_the_next_iteration_and_in_a_resumed_run(recipe, tmp_path):
+    settings = ("rollout.oversample=1.7", "checkpoint.every=100", "game.challenger_max_tokens=24", "rollout.passages_in_flight=6")
+    _finish(_start(recipe, tmp_path, *settings, "train.iterations=2"))
+    [saved] = (tmp_path / "checkpoints").glob("iteration_*")
+    carried = json.loads((saved / "run_state.json").read_text())["carried"]
+    assert len(carried) == 3, "of the 6 that each iteration begins, 3 end"
+    _finish(_start(recipe, tmp_path, *settings, "train.iterations=4"))
+    metrics = _metrics(tmp_path)
+    assert [line["game/carried_over"] for line in metrics] == [3, 3, 3, 3]
+    assert sum(line["game/aborted"] for line in metrics) > 0
+    assert metrics[0]["policy/stale_token_share"] == 0 < max(line["policy/stale_token_share"] for line in metrics)
+    assert max(line["drift/mean"] for line in metrics if "drift/mean" in line) < 0.02, "stale tokens are no drift"
+
+    episodes = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [episode["iteration"] for episode in episodes] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    for episode in episodes:
+        versions = [attempt["weights"] for attempt in episode["attempts"]]
+        assert all(episode["begun"] - 1 <= int(each) < episode["iteration"] for one in versions for each in one.split("+"))
+    # What is begun is drawn in order, and nothing is begun twice: each iteration draws as many as have ended.
+    sampler = PassageSampler(Corpus(recipe.parent / "corpus", TextTokenizer.from_dir(recipe.parent / "hf")), 5)
+    drawn = {
+        (begun, slot): passage.index
+        for begun, size in ((1, 6), (2, 3), (3, 3), (4, 3))
+        for slot, passage in enumerate(sampler.next(size))
+    }
+    ended = {(episode["begun"], episode["slot"]): episode["passage"]["index"] for episode in episodes}
+    assert len(ended) == 12 and ended.items() <= drawn.items()
+    resumed = {(game["begun"], game["slot"]) for game in carried}
+    assert not resumed & {key for key, episode in zip(ended, episodes) if episode["iteration"] <= 2}
+
+
 def _kill_engines(job: subprocess.Popen, run_dir: Path, after: int) -> None:
     """Kills the job's engine when `after` iterations are logged."""
     log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300

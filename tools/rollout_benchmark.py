@@ -102,6 +102,7 @@ def _measure(job: dict[str, Any], here: Any, store: Any, folder: Path) -> dict[s
 
     from megatron_spice.config.schema import GameConfig, RolloutConfig
     from megatron_spice.corpus.tokenizer import TextTokenizer
+    from megatron_spice.game.carried import new_games
     from megatron_spice.game.play import play_passage
     from megatron_spice.game.records import Passage
     from megatron_spice.game.verify import Verifier
@@ -136,7 +137,7 @@ def _measure(job: dict[str, Any], here: Any, store: Any, folder: Path) -> dict[s
             dist.barrier()
             mark = (time.monotonic(), engine.busy, engine.requests, processor_seconds(engine.pid))
             ended.clear()
-            episodes = pool.play(number, passages)
+            episodes = pool.play(number, new_games(number, passages)).episodes
             mine = _window(mark, engine, ended, [episode.seconds for episode in episodes])
             everyone: list[Any] = [None] * here.world_size
             dist.all_gather_object(everyone, mine)

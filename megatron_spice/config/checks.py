@@ -106,6 +106,11 @@ def check_remote_engines(config: Config) -> list[str]:
     problems = [_not_an_address("rollout.engines", url) for url in rollout.engines]
     if rollout.router is not None:
         problems.append(_not_an_address("rollout.router", rollout.router))
+        if rollout.oversample > 1:
+            problems.append(
+                f"rollout.oversample={rollout.oversample:g} cuts requests short, and which server has which is known to "
+                f"rollout.router={rollout.router} alone; give rollout.oversample=1 or leave rollout.router out"
+            )
     places = [url.rstrip("/").lower() for url in rollout.engines]
     for place in sorted({place for place in places if places.count(place) > 1}):
         problems.append(f"rollout.engines names {place} more than once; name each server once")

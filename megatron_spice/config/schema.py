@@ -85,6 +85,12 @@ class RolloutConfig(Room):
     tensor_parallel_size: PositiveInt = Field(1, description="Ranks of one engine.")
     engines_per_node: PositiveInt = Field(1, description="Colocated engines on each node.")
     passages_in_flight: PositiveInt = Field(8, description="Passages one engine plays at a time.")
+    oversample: float = Field(
+        1.0,
+        ge=1,
+        description="Passages begun for each one wanted; an iteration ends when train.passages are over, and the others go on in "
+        "the next (1: off). What they have of older weights is off-policy; policy.importance_cap corrects for it.",
+    )
     max_running_requests: PositiveInt = Field(64, description="Requests an engine decodes together.")
     max_total_tokens: PositiveInt = Field(16384, description="Tokens in an engine's KV cache (CPU engines).")
     context_length: PositiveInt | None = Field(None, description="Longest prompt plus completion; None: the model's own.")

@@ -16,27 +16,32 @@ from megatron_spice.game.options import LETTERS
 from megatron_spice.game.records import Answer, Attempt, Completion, Episode, InvalidReason, Role, Trajectory
 
 
-def trajectories(episodes: Sequence[Episode], config: GameConfig) -> list[Trajectory]:
+def trajectories(episodes: Sequence[Episode], config: GameConfig, version: str | None = None) -> list[Trajectory]:
     """The sequences to train on: each episode's Challenger group (unless `fixed_challenger`), then its Reasoner group.
 
     Attempts of a group share their prompt, answers to a task theirs, and both stand next to each other.
+
+    Args:
+        version: of the weights that are about to be trained; tokens that other weights sampled are stale. None: none are.
     """
     found: list[Trajectory] = []
     for episode in episodes:
         if not config.fixed_challenger:
             group = _group(episode)
             found += [
-                _trajectory("challenger", attempt.completion, attempt.advantage, attempt.reward) for attempt in group
+                _trajectory("challenger", attempt.completion, attempt.advantage, attempt.reward, version) for attempt in group
             ]
         found += [
-            _trajectory("reasoner", answer.completion, answer.advantage, answer.reward)
+            _trajectory("reasoner", answer.completion, answer.advantage, answer.reward, version)
             for answer in trained_answers(episode)
         ]
     return found
 
 
-def _trajectory(role: Role, completion: Completion, advantage: float, reward: float) -> Trajectory:
-    return Trajectory(role, completion.prompt_ids, completion.completion_ids, completion.logprobs, advantage, reward)
+def _trajectory(role: Role, completion: Completion, advantage: float, reward: float, version: str | None) -> Trajectory:
+    num_stale = 0 if version is None else completion.num_stale(version)
+    ids, logprobs = completion.completion_ids, completion.logprobs
+    return Trajectory(role, completion.prompt_ids, ids, logprobs, advantage, reward, num_stale=num_stale)
 
 
 def _group(episode: Episode) -> list[Attempt]:
@@ -139,6 +144,7 @@ def episode_record(episode: Episode) -> dict[str, Any]:
     passage = episode.passage
     return {
         "iteration": episode.iteration,
+        "begun": episode.iteration if episode.begun is None else episode.begun,
         "slot": episode.slot,
         "passage": {
             "index": passage.index,
@@ -159,6 +165,7 @@ def _attempt_record(attempt: Attempt) -> dict[str, Any]:
     return {
         "text": attempt.completion.text,
         "tokens": len(attempt.completion.completion_ids),
+        "weights": attempt.completion.weight_versions,
         "finish": attempt.completion.finish,
         "valid": task is not None,
         "invalid": attempt.invalid.value if attempt.invalid else None,
@@ -178,6 +185,7 @@ def _answer_record(answer: Answer) -> dict[str, Any]:
     return {
         "text": answer.completion.text,
         "tokens": len(answer.completion.completion_ids),
+        "weights": answer.completion.weight_versions,
         "finish": answer.completion.finish,
         "extracted": answer.verdict.extracted,
         "correct": answer.verdict.correct,

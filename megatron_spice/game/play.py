@@ -3,7 +3,8 @@
 Each passage is a coroutine of its own, and nothing in it waits for another passage: the Reasoner answers one
 passage's tasks while the Challenger still writes another's, which keeps an engine's batch full without a barrier
 between the roles. Within a passage all tasks are answered at once. All choices derive from (seed, iteration, slot),
-so a passage that is played again makes the same choices; what the model then writes is the engine's own chance.
+so a passage that is played again makes the same choices; what the model then writes is the engine's own chance. No two
+requests of a game have the same purpose, hence seed: by it `journal.py` knows what the engine has said to which.
 
 Attempts are sampled in chunks until one is valid and there are at least G, at most N: the paper's "up to 1024
 attempts aiming for one valid" without always paying for 1024.
@@ -11,12 +12,10 @@ attempts aiming for one valid" without always paying for 1024.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from megatron_spice.config.schema import GameConfig
 from megatron_spice.game.grounding import is_grounded
@@ -28,10 +27,9 @@ from megatron_spice.game.records import (
 )  # fmt: skip
 from megatron_spice.game.rewards import challenger_reward, reasoner_reward
 from megatron_spice.game.styles import style_for
+from megatron_spice.game.together import together
 from megatron_spice.game.validate import check_switches, read_attempt
 from megatron_spice.game.verify import Verifier
-
-T = TypeVar("T")
 
 
 async def play_passage(
@@ -50,8 +48,9 @@ async def play_passage(
     """Plays one passage to the end.
 
     Args:
-        slot: the passage's place in the iteration's batch.
-        engine: samples completions; whatever it raises (EngineError) ends the game of this passage unscored.
+        iteration: the one in which the game was begun, now or earlier.
+        slot: the passage's place in that iteration's batch.
+        engine: samples completions; whatever it raises (EngineError, GamePutOff) ends the game of this passage unscored.
         verifier: a started `Verifier`.
         temperature: of both roles.
 
@@ -74,7 +73,7 @@ async def play_passage(
 
     group = subsample([attempt.task is not None for attempt in attempts], config.group_size, table.random("group"))
     valid = [index for index in group if attempts[index].task is not None]
-    answers = dict(zip(valid, await _together([_answer(table, attempts[index].task, index) for index in valid])))
+    answers = dict(zip(valid, await together([_answer(table, attempts[index].task, index) for index in valid])))
     attempts = _score(attempts, group, answers, config)
     if valid:
         chosen = table.random("task").choice(valid)
@@ -148,7 +147,7 @@ async def _attempt(table: _Table, passage: Passage, answer_type: AnswerType) -> 
         count = min(config.attempt_chunk, config.attempts - len(attempts))
         purpose = f"challenger {len(attempts)}"
         completions = await table.sample(prompt, count, config.challenger_max_tokens, style.challenger_stop, purpose)
-        judged = await _together([_judge(table, completion, passage, answer_type) for completion in completions])
+        judged = await together([_judge(table, completion, passage, answer_type) for completion in completions])
         attempts += [attempt for attempt, _ in judged]
         timeouts += sum(timed_out for _, timed_out in judged)
     return attempts, timeouts
@@ -182,7 +181,7 @@ async def _answer(table: _Table, task: Task, index: int) -> tuple[Answer, ...]:
         style.reasoner_stop,
         f"reasoner {index}",
     )
-    verdicts = await _together(
+    verdicts = await together(
         [table.verifier.verify(task, style.extract_answer(completion.text)) for completion in completions]
     )
     return tuple(
@@ -214,15 +213,3 @@ def _as_reasoner_task(attempt: Attempt) -> Attempt:
     relative = advantages([answer.reward for answer in attempt.answers])
     answers = tuple(replace(answer, advantage=advantage) for answer, advantage in zip(attempt.answers, relative))
     return replace(attempt, answers=answers, is_reasoner_task=True)
-
-
-async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """`asyncio.gather`, but when one fails the others are cancelled and waited for instead of running on unseen."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

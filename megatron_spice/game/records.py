@@ -40,13 +40,20 @@ Prompt = tuple[Segment, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample: temperature 0 is greedy; generation ends at an end-of-text id, at a `stop` string or at the limit."""
+    """How to sample: temperature 0 is greedy; generation ends at an end-of-text id, at a `stop` string or at the limit.
+
+    `seed` is that of a request, for engines that sample by it (`rollout.deterministic`); each of its samples has its own.
+    """
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+
+    def seed_of(self, index: int) -> int | None:
+        """The seed of one of a request's samples: engines hash seeds, so neighbours have nothing in common."""
+        return None if self.seed is None else self.seed + index
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,11 @@ class Completion:
 
     `prompt_ids` [prompt length], `completion_ids` [completion length] and `logprobs` [completion length] (natural log, of
     the sampled ids at the sampling temperature, by the engine). `finish` is "stop", "length" (cut: never a valid task) or
-    "abort". `text` decodes `completion_ids` without the stop string.
+    "abort" (cut short by us: no end-of-text id, no stop string and fewer tokens than the limit, so that it can be continued).
+    `text` decodes `completion_ids` without the stop string; it means nothing while the finish is "abort".
+
+    `weight_version` is of the weights that sampled the last token; `earlier` tells those of a continued completion's first
+    tokens: (version, number of tokens) from the start.
     """
 
     prompt_ids: tuple[int, ...]
@@ -64,6 +75,16 @@ class Completion:
     finish: str
     text: str
     weight_version: str = ""
+    earlier: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def weight_versions(self) -> str:
+        """All of them from the first token to the last, as in "3+4"."""
+        return "+".join([*(version for version, _ in self.earlier), self.weight_version])
+
+    def num_stale(self, version: str) -> int:
+        """How many of the first tokens were sampled under other weights than these, up to the last such token."""
+        return len(self.completion_ids) if self.weight_version != version else sum(count for _, count in self.earlier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +163,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """Everything that happened on one passage in one iteration. `slot` is the passage's place in the iteration's batch."""
+    """Everything that happened on one passage. It counts in the `iteration` in which it ended.
+
+    `slot` is the passage's place in the batch of the iteration in which it was begun: `begun`, or `iteration` if that is None.
+    """
 
     iteration: int
     slot: int
@@ -152,13 +176,15 @@ class Episode:
     attempts: tuple[Attempt, ...]
     verifier_timeouts: int = 0
     seconds: float = 0.0
+    begun: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """One sequence to train on. Trajectories with equal `prompt_ids` can share the prompt's computation.
 
-    `prompt_ids` [p], `completion_ids` [c], `logprobs` [c] as sampled; `advantage` is one number for all c tokens.
+    `prompt_ids` [p], `completion_ids` [c], `logprobs` [c] as sampled; `advantage` is one number for all c tokens. The first
+    `num_stale` of the c tokens were sampled under older weights than those that are about to be trained.
     """
 
     role: Role
@@ -168,6 +194,7 @@ class Trajectory:
     advantage: float
     reward: float
     weight: float = 1.0
+    num_stale: int = 0
 
 
 class Tokenizer(Protocol):

@@ -7,7 +7,8 @@ micro-batches or ranks changes the loss. With one step for each rollout rho = pi
 that of the log-probability: REINFORCE with the group's mean as baseline, nothing to clip.
 
 importance_cap C   w = min(pi_old / pi_engine, C) instead of 1: truncated importance sampling against the engine's own
-                   probabilities. It is no part of rho and carries no gradient.
+                   probabilities. It is no part of rho and carries no gradient. pi_engine is what the token was sampled
+                   from, also where that was under older weights (rollout.oversample).
 dual_clip c > 1    S >= c A where A < 0 (arXiv 1912.09729): without it a token of negative advantage that became much more
                    probable since the rollout is pushed back without bound. Needs a rho, so only with several steps.
 entropy_bonus beta H is the entropy of the distribution that the token was drawn from, at the sampling temperature.
@@ -97,6 +98,7 @@ def row_loss(
         "dual_clipped": dual_clipped.float(),
         "capped": capped.float(),
         "is_challenger": row.is_challenger_c,
+        "is_stale": row.is_stale_c,
         **measured,
     }
 

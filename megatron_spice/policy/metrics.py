@@ -13,7 +13,7 @@ from megatron_spice.policy.parallel import Placement
 ROLES = ("challenger", "reasoner")
 BOUNDS = ("clipped", "dual_clipped", "capped")
 SUMS = (
-    "loss", "count", "entropy", *BOUNDS, "drift", "challenger_count", "challenger_drift", "kl", "kl_count", "computed", "unshared",
+    "loss", "count", "entropy", *BOUNDS, "fresh", "drift", "challenger_fresh", "challenger_drift", "kl", "kl_count", "computed", "unshared",
 )  # fmt: skip
 BIN, BINS = 0.002, 2000  # of the histogram that the drift's percentile is read from
 
@@ -47,7 +47,11 @@ class UpdateMetrics:
 
     def summary(self) -> dict[str, float]:
         """Metrics over all ranks, the same on each. Keys: `policy/...` and `drift/...` (|policy - engine| log-prob, of
-        the tokens trained on, p99 to a bin of 0.002). A few numbers a rank travel, never the tokens."""
+        the tokens trained on, p99 to a bin of 0.002). A few numbers a rank travel, never the tokens.
+
+        Tokens that were sampled under older weights (`policy/stale_token_share`) have no part in the drift: the policy has moved
+        since, which is no error of the engine's.
+        """
         place = self.placement
         results = [result for step in (*self.steps, *self.watched) for result in step.results]
         if place.tensor_rank > 0:
@@ -56,7 +60,8 @@ class UpdateMetrics:
         histogram, peak = torch.zeros(BINS, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for result in results:
             _add(result, sums, histogram)
-            peak = torch.maximum(peak, result["drift"].max().double().cpu()) if result["drift"].numel() else peak
+            drift = result["drift"][~result["is_stale"]]
+            peak = torch.maximum(peak, drift.max().double().cpu()) if drift.numel() else peak
         if place.is_last_stage and place.tensor_rank == place.context_rank == 0:
             sums["computed"] += sum(map(num_tokens, self.rows))
             sums["unshared"] += sum(map(num_unshared_tokens, self.rows))
@@ -77,17 +82,21 @@ class UpdateMetrics:
             metrics["policy/loss"] = totals["loss"] / len(self.steps)
             metrics["policy/grad_norm"] = sum(step.grad_norm for step in self.steps) / len(self.steps)
         if count := totals["count"]:
-            rank = int(torch.searchsorted(histogram.cumsum(0), 0.99 * count))
             metrics |= {
                 "policy/entropy": totals["entropy"] / count,
                 **{f"policy/{name}": totals[name] / count for name in BOUNDS},
                 "policy/completion_tokens": count,
-                "drift/mean": totals["drift"] / count,
+                "policy/stale_token_share": 1.0 - totals["fresh"] / count,
+            }
+        if fresh := totals["fresh"]:
+            rank = int(torch.searchsorted(histogram.cumsum(0), 0.99 * fresh))
+            metrics |= {
+                "drift/mean": totals["drift"] / fresh,
                 "drift/p99": min((rank + 1) * BIN, peak),
                 "drift/max": peak,
             }
             for role in ROLES:
-                tokens = totals["challenger_count"] if role == "challenger" else count - totals["challenger_count"]
+                tokens = totals["challenger_fresh"] if role == "challenger" else fresh - totals["challenger_fresh"]
                 drift = totals["challenger_drift"] if role == "challenger" else totals["drift"] - totals["challenger_drift"]
                 if tokens:
                     metrics[f"drift/{role}"] = drift / tokens
@@ -98,14 +107,16 @@ class UpdateMetrics:
 
 def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histogram: torch.Tensor) -> None:
     """Adds one row's tensors to the sums and its drift to the histogram, whose last bin is open."""
-    drift, challenger = result["drift"].double().cpu(), result["is_challenger"].cpu()
+    fresh = ~result["is_stale"]
+    drift, challenger = result["drift"][fresh].double().cpu(), result["is_challenger"][fresh].cpu()
     sums["loss"] += result["loss"].double().cpu()
-    sums["count"] += drift.numel()
+    sums["count"] += fresh.numel()
+    sums["fresh"] += drift.numel()
     sums["entropy"] += result["entropy"].double().sum().cpu()
     for name in BOUNDS:
         sums[name] += result[name].double().sum().cpu()
     sums["drift"] += drift.sum()
-    sums["challenger_count"] += challenger.sum()
+    sums["challenger_fresh"] += challenger.sum()
     sums["challenger_drift"] += drift[challenger].sum()
     if "kl" in result:
         sums["kl"] += result["kl"].double().sum().cpu()

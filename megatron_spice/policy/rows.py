@@ -40,6 +40,7 @@ class RowTensors:
         weights_c: float32, the factor of a completion token in the loss.
         sequence_c: which of the row's trajectories a completion token belongs to.
         is_challenger_c: the token was written by the Challenger.
+        is_stale_c: the token was sampled under older weights than those at hand.
         old_logprobs_c: the policy's log-probs before the iteration's first step; None with a single step.
         reference_logprobs_c: those of the weights the run began with; None where nothing is compared with them.
     """
@@ -56,6 +57,7 @@ class RowTensors:
     weights_c: torch.Tensor
     sequence_c: torch.Tensor
     is_challenger_c: torch.Tensor
+    is_stale_c: torch.Tensor
     old_logprobs_c: torch.Tensor | None = None
     reference_logprobs_c: torch.Tensor | None = None
 
@@ -96,7 +98,7 @@ def row_tensors(
     mine = order.chunk(context_size)[context_rank]
     local = torch.full((len(ids),), -1, dtype=torch.long)
     local[mine] = torch.arange(len(mine))
-    source, labels, advantages, rollout, weights, sequence, challenger = predictions
+    source, labels, advantages, rollout, weights, sequence, challenger, stale = predictions
     source_c = local[torch.tensor(source, dtype=torch.long)]
     here = (source_c >= 0).nonzero()[:, 0]
 
@@ -117,6 +119,7 @@ def row_tensors(
         weights_c=chosen(weights, torch.float32),
         sequence_c=chosen(sequence, torch.long),
         is_challenger_c=chosen(challenger, torch.bool),
+        is_stale_c=chosen(stale, torch.bool),
     )
 
 
@@ -133,6 +136,7 @@ def _lay_out(row: Row) -> tuple[tuple[list[int], ...], tuple[list, ...]]:
     weights: list[float] = []
     sequence: list[int] = []
     challenger: list[bool] = []
+    stale: list[bool] = []
     leaf = 0
     for number, block in enumerate(row):
         length = len(block.prompt_ids)
@@ -155,5 +159,6 @@ def _lay_out(row: Row) -> tuple[tuple[list[int], ...], tuple[list, ...]]:
             weights += [trajectory.weight] * count
             sequence += [leaf] * count
             challenger += [trajectory.role == "challenger"] * count
+            stale += [place < trajectory.num_stale for place in range(count)]
             leaf += 1
-    return (ids, positions, prompts, leaves), (source, labels, advantages, rollout, weights, sequence, challenger)
+    return (ids, positions, prompts, leaves), (source, labels, advantages, rollout, weights, sequence, challenger, stale)

@@ -95,6 +95,10 @@ class EngineClient:
             what = f"was answered with what is no completion ({type(error).__name__}: {error}): {str(answer)[:500]}"
             raise self._http.failure("POST", "/generate", what) from error
 
+    async def abort(self) -> None:
+        """Ends every running request, like `abort_all`; `generate` answers what there is of each."""
+        await self._post("/abort_request", {"abort_all": True})
+
     async def close_requests(self) -> None:
         """Closes the connections of the running event loop."""
         if self._session is not None:
@@ -245,7 +249,8 @@ class EngineClient:
         }
         answer = self._http.ask("POST", "/generate", body, timeout=self._request_timeout)
         scored = answer["meta_info"]["input_token_logprobs"]
-        if [entry[1] for entry in scored] != list(token_ids):
+        # The server calls the last id of its vocabulary 0 here, having scored the right one.
+        if len(scored) != len(token_ids) or any(entry[1] not in (sent, 0) for entry, sent in zip(scored, token_ids)):
             raise EngineError(f"engine {self._http.url}: it scored other tokens than the {len(token_ids)} that were sent")
         return [float(entry[0]) for entry in scored[1:]]
 
@@ -268,11 +273,16 @@ def _parameters(sampling: Sampling, num_samples: int) -> dict[str, Any]:
 def _completion(prompt_ids: tuple[int, ...], output: dict[str, Any], sampling: Sampling) -> Completion:
     """From the server's answer for one sample. Text ends before the earliest stop string, even if two came at once.
 
+    The last token of an aborted completion is left out: the server does not look whether it was an end-of-text id, the end
+    of a stop string or the last one allowed. What remains can be continued.
+
     Raises:
         ValueError, KeyError, TypeError, IndexError, AttributeError: it is not the answer of a working server.
     """
     about = output["meta_info"]
-    sampled = about.get("output_token_logprobs") or []
+    sampled, finish = about.get("output_token_logprobs") or [], about["finish_reason"]["type"]
+    if finish == "abort":
+        sampled = sampled[:-1]
     text = output["text"]
     ends = [place for place in map(text.find, sampling.stop) if place >= 0]
     logprobs = tuple(float(entry[0]) for entry in sampled)
@@ -284,7 +294,7 @@ def _completion(prompt_ids: tuple[int, ...], output: dict[str, Any], sampling: S
         prompt_ids=prompt_ids,
         completion_ids=tuple(int(entry[1]) for entry in sampled),
         logprobs=logprobs,
-        finish=about["finish_reason"]["type"],
+        finish=finish,
         text=text[: min(ends)] if ends else text,
         weight_version=str(about["weight_version"]),
     )

@@ -53,6 +53,9 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
         """`num_samples` completions of one prompt."""
 
+    async def abort(self) -> None:
+        """Cuts short all that `generate` is waiting for: it answers what there is, with the finish "abort"."""
+
     async def close_requests(self) -> None:
         """Lets go of what `generate` holds on the running event loop."""
 

@@ -9,6 +9,10 @@ An engine that fails takes its passages with it, and nothing else: they are miss
 engines go on, and `revive` replaces it. `train.py` then plays what is missing. Any other error is collective: ranks
 exchange results *or* an error, and every rank raises. A host that failed says so in the store, and the others claim
 nothing more. All waits end: a generation by its own timeout, the exchange by the group's.
+
+Where more games are begun than wanted (`rollout.oversample`), each that ends takes a number from a second counter. Once
+that has reached the number wanted, hosts claim nothing more and cut short what their engines generate; games that are not
+over then, or ended a moment too late, are put off with their journals, and every rank gets those too.
 """
 
 from __future__ import annotations
@@ -18,18 +22,21 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from megatron_spice.cluster.topology import Topology
-from megatron_spice.game.records import Episode, Passage
+from megatron_spice.game.carried import Game
+from megatron_spice.game.journal import Decode, Recorder
+from megatron_spice.game.records import Episode, Generator, Passage
+from megatron_spice.game.together import GamePutOff
 from megatron_spice.rollout.crew import Crew
 from megatron_spice.rollout.engine import MEMORY, Engine, EngineError, EnginesLost
 
-Play = Callable[[Passage, int, int, Engine], Awaitable[Episode]]
-"""Plays one passage: (passage, iteration, slot, engine) -> episode."""
+Play = Callable[[Passage, int, int, Generator], Awaitable[Episode]]
+"""Plays one passage: (passage, iteration in which it was begun, slot, engine) -> episode."""
 
 SILENCE = 120.0
 """Seconds without a heartbeat of any engine host after which the others give up; hosts send two a second."""
@@ -46,11 +53,45 @@ class Helper(Protocol):
 
 
 @dataclass(frozen=True)
+class Played:
+    """What came of a batch of games, the same on every rank.
+
+    `episodes` are those that count, `left` the games that are still to be played, both in the order of the batch;
+    `num_aborted` is how many completions were cut short.
+    """
+
+    episodes: list[Episode]
+    left: list[Game]
+    num_aborted: int = 0
+
+
+@dataclass
+class _Share:
+    """What one rank has done of a batch, by place in it."""
+
+    episodes: dict[int, Episode] = field(default_factory=dict)
+    put_off: dict[int, Game] = field(default_factory=dict)
+    num_aborted: int = 0
+
+
+@dataclass
+class _Round:
+    """A batch of games while it is played: `enough` of them are to end."""
+
+    key: str
+    iteration: int
+    games: Sequence[Game]
+    enough: int
+    share: _Share = field(default_factory=_Share)
+    is_over: bool = False
+
+
+@dataclass(frozen=True)
 class _Report:
     """What one rank tells the others about an iteration."""
 
     rank: int
-    episodes: list[Episode]
+    share: _Share = field(default_factory=_Share)
     error: str | None = None
     lost: tuple[str, ...] = ()
     restarts: int = 0
@@ -63,6 +104,7 @@ class RolloutPool:
         store: shared by all ranks, with an atomic `add`.
         engines: those that this rank hosts, not yet launched; usually one or none.
         passages_in_flight: how many passages each engine plays at a time.
+        decode: text of token ids; needed where games are put off.
         max_restarts: how often one engine may be replaced in an iteration.
         helpers: started and closed with the pool where there are engines.
         group: a CPU process group of all ranks for the exchange; None: the default group.
@@ -76,6 +118,7 @@ class RolloutPool:
         play: Play,
         *,
         passages_in_flight: int,
+        decode: Decode = lambda ids: "",
         max_restarts: int = 0,
         helpers: Sequence[Helper] = (),
         group: dist.ProcessGroup | None = None,
@@ -87,6 +130,7 @@ class RolloutPool:
         self._store = store
         self._play = play
         self._in_flight = passages_in_flight
+        self._decode = decode
         self._helpers = list(helpers) if engines else []
         self._group = group
         self._round = self._iteration = 0
@@ -132,7 +176,7 @@ class RolloutPool:
     def lost(self) -> list[str]:
         """How engines of any rank have failed that are not replaced yet, one line each; a collective of all ranks."""
         self.crew.each(lambda engine: engine.check())
-        report = _Report(self._topology.rank, [], lost=tuple(self.crew.last_words()))
+        report = _Report(self._topology.rank, lost=tuple(self.crew.last_words()))
         reports = self._exchange("looking for lost engines", report)
         return [f"engine of rank {each.rank}: {words}" for each in reports for words in each.lost]
 
@@ -153,45 +197,39 @@ class RolloutPool:
             self.crew.revive()
         except EngineError as found:
             error = str(found)
-        report = _Report(self._topology.rank, [], error, restarts=self.crew.restarts)
+        report = _Report(self._topology.rank, error=error, restarts=self.crew.restarts)
         reports = self._exchange("replacing lost engines", report)
         if errors := [f"rank {each.rank}: {each.error}" for each in reports if each.error is not None]:
             raise EnginesLost("\n".join(errors))
         return sum(each.restarts for each in reports)
 
-    def play(self, iteration: int, passages: Sequence[Passage], slots: Sequence[int] | None = None) -> list[Episode]:
-        """Plays passages once, on whichever engines have room; a collective of all ranks.
+    def play(self, iteration: int, games: Sequence[Game], enough: int | None = None) -> Played:
+        """Plays games on whichever engines have room; a collective of all ranks.
 
         Args:
-            slots: which of them, by their place; None: all.
-
-        Returns:
-            One episode for each passage, by slot, on every rank; without those whose engine failed.
+            enough: the iteration is over when so many games have ended; None: all.
 
         Raises:
-            EngineError: a passage could not be played for another reason; on every rank, with that rank's traceback.
+            EngineError: a game could not be played for another reason than its engine's failure; on every rank, with that
+                rank's traceback.
         """
         if iteration != self._iteration:
             self._iteration = iteration
             self.crew.forgive()
-        slots = range(len(passages)) if slots is None else slots
         self._round += 1
-        key = f"rollout/{self._round}"
-        report = _Report(self._topology.rank, [])
+        turn = _Round(f"rollout/{self._round}", iteration, games, len(games) if enough is None else enough)
+        report = _Report(self._topology.rank, turn.share)
         if self.crew.engines:
             try:
-                report = _Report(self._topology.rank, self._run(self._play_mine(key, iteration, passages, slots)))
+                self._run(self._play_mine(turn))
             except Exception:
-                self._store.add(f"{key}/failed", 1)
-                report = _Report(self._topology.rank, [], traceback.format_exc())
-        self._wait_for_hosts(key, f"the episodes of iteration {iteration}")
-        reports = self._exchange(f"the episodes of iteration {iteration}", report)
+                self._store.add(f"{turn.key}/failed", 1)
+                report = _Report(self._topology.rank, error=traceback.format_exc())
+        what = f"the episodes of iteration {iteration}"
+        self._wait_for_hosts(turn.key, what)
+        reports = self._exchange(what, report)
         self._raise_errors(f"iteration {iteration}", reports)
-        episodes = sorted((episode for each in reports for episode in each.episodes), key=lambda episode: episode.slot)
-        played = [episode.slot for episode in episodes]
-        if len(set(played)) != len(played) or not set(played) <= set(slots):
-            raise EngineError(f"iteration {iteration}: of slots {list(slots)} each was to be played once, not {played}")
-        return episodes
+        return _merged(turn, [each.share for each in reports])
 
     def close(self) -> None:
         """Ends this rank's engines and helpers; may be called twice and after a failure."""
@@ -211,24 +249,56 @@ class RolloutPool:
 
     # ---- this rank's share --------------------------------------------------------------------------------------
 
-    async def _play_mine(
-        self, key: str, iteration: int, passages: Sequence[Passage], slots: Sequence[int]
-    ) -> list[Episode]:
-        episodes: list[Episode] = []
-
+    async def _play_mine(self, turn: _Round) -> None:
         async def player(engine: Engine) -> None:
-            while (turn := self._claim(key)) < len(slots):
-                slot = slots[turn]
-                episodes.append(await self._play(passages[slot], iteration, slot, engine))
+            while (place := self._claim(turn)) < len(turn.games):
+                await self._play_one(turn, place, engine)
 
         async def serve(engine: Engine) -> None:
+            watches = [self._watch(engine)]
+            if turn.enough < len(turn.games):
+                watches.append(self._cut_short(turn, engine))
             try:
-                await _until_first([self._watch(engine)], [player(engine) for _ in range(self._in_flight)])
+                await _until_first(watches, [player(engine) for _ in range(self._in_flight)])
             except EngineError as error:
                 self.crew.fail(engine, error)
 
-        await _until_first([self._beat(key)], [serve(engine) for engine in self.crew.working])
-        return episodes
+        await _until_first([self._beat(turn.key)], [serve(engine) for engine in self.crew.working])
+
+    async def _play_one(self, turn: _Round, place: int, engine: Engine) -> None:
+        game, share, began = turn.games[place], turn.share, time.monotonic()
+        recorder = Recorder(engine, game.said, self._decode, lambda: turn.is_over)
+        try:
+            episode = await self._play(game.passage, game.begun, game.slot, recorder)
+        except GamePutOff:
+            if not turn.is_over:
+                raise RuntimeError("the engine aborted a request that nobody wanted aborted") from None
+            episode = None
+        share.num_aborted += recorder.num_aborted
+        seconds = game.seconds + time.monotonic() - began
+        ended = 0
+        if episode is not None:
+            ended = self._store.add(f"{turn.key}/ended", 1)
+            turn.is_over |= ended >= turn.enough
+        if 0 < ended <= turn.enough:
+            share.episodes[place] = replace(episode, iteration=turn.iteration, begun=game.begun, seconds=seconds)
+        else:
+            share.put_off[place] = replace(game, said=recorder.said, seconds=seconds)
+
+    async def _cut_short(self, turn: _Round, engine: Engine) -> None:
+        """When enough games have ended, on whichever rank, ends what the engine generates; more than once, because a request
+        may be on its way."""
+        while True:
+            await asyncio.sleep(0.05)
+            turn.is_over = turn.is_over or self._store.add(f"{turn.key}/ended", 0) >= turn.enough
+            if turn.is_over:
+                sent = asyncio.ensure_future(engine.abort())
+                try:
+                    await asyncio.shield(sent)
+                except asyncio.CancelledError:
+                    # All requests have ended meanwhile. One that is asked next must not be hit by what is still on its way.
+                    await asyncio.wait([sent], timeout=5.0)
+                    raise
 
     def _wait_for_hosts(self, key: str, what: str) -> None:
         """Returns when every host has played its share, however long that takes, as long as they show signs of life.
@@ -247,11 +317,11 @@ class RolloutPool:
                 raise EngineError(f"no engine host gave a sign of life for {SILENCE:.0f} s while waiting for {what}")
             time.sleep(0.05)
 
-    def _claim(self, key: str) -> int:
-        """The next slot; one past any batch once a rank has failed. The store answers within its own timeout."""
-        if self._store.add(f"{key}/failed", 0):
+    def _claim(self, turn: _Round) -> int:
+        """The place of the next game; one past the batch when the iteration is over. The store answers within its own timeout."""
+        if self._store.add(f"{turn.key}/failed", 0):
             raise RuntimeError("another rank failed; its error says why")
-        return self._store.add(f"{key}/claimed", 1) - 1
+        return len(turn.games) if turn.is_over else self._store.add(f"{turn.key}/claimed", 1) - 1
 
     async def _beat(self, key: str) -> None:
         """Shows the other ranks that this host lives."""
@@ -278,7 +348,7 @@ class RolloutPool:
             work()
         except Exception:
             error = traceback.format_exc()
-        self._raise_errors(what, self._exchange(what, _Report(self._topology.rank, [], error)))
+        self._raise_errors(what, self._exchange(what, _Report(self._topology.rank, error=error)))
 
     def _exchange(self, what: str, report: _Report) -> list[_Report]:
         if self._topology.world_size == 1:
@@ -297,6 +367,17 @@ class RolloutPool:
         errors = [f"rank {each.rank}:\n{each.error}" for each in reports if each.error is not None]
         if errors:
             raise EngineError(f"{what} failed on {len(errors)} of {len(reports)} ranks\n" + "\n".join(errors))
+
+
+def _merged(turn: _Round, shares: Sequence[_Share]) -> Played:
+    """All ranks' shares of a batch; a game that nobody has played, or its engine has lost, is left as it was."""
+    played = [place for share in shares for place in share.episodes]
+    if len(set(played)) != len(played) or len(played) > turn.enough:
+        raise EngineError(f"iteration {turn.iteration}: {turn.enough} games were to be played once, not {sorted(played)}")
+    episodes = {place: episode for share in shares for place, episode in share.episodes.items()}
+    put_off = {place: game for share in shares for place, game in share.put_off.items()}
+    left = [put_off.get(place, game) for place, game in enumerate(turn.games) if place not in episodes]
+    return Played([episodes[place] for place in sorted(episodes)], left, sum(share.num_aborted for share in shares))
 
 
 async def _until_first(watches: Sequence[Coroutine[Any, Any, None]], work: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -157,6 +157,10 @@ class RemoteEngine:
         """See `EngineClient.generate`; by the router if there is one."""
         return await self._client.generate(prompt_ids, num_samples, sampling)
 
+    async def abort(self) -> None:
+        """See `EngineClient.abort`; not by a router, which `config/checks.py` sees to."""
+        await self._client.abort()
+
     async def close_requests(self) -> None:
         """See `EngineClient.close_requests`."""
         await self._client.close_requests()

@@ -169,6 +169,10 @@ class SglangEngine:
         """See `EngineClient.generate`."""
         return await self._running().generate(prompt_ids, num_samples, sampling)
 
+    async def abort(self) -> None:
+        """See `EngineClient.abort`."""
+        await self._running().abort()
+
     async def close_requests(self) -> None:
         """See `EngineClient.close_requests`."""
         if self._client is not None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_spice.config.schema import PolicyConfig
 from megatron_spice.game.records import Trajectory
 from megatron_spice.policy.loss import LossSettings, row_loss
+from megatron_spice.policy.metrics import BINS, SUMS, _add
 from megatron_spice.policy.packing import Block
 from megatron_spice.policy.rows import row_tensors
 
@@ -32,6 +33,20 @@ def test_one_step_is_reinforce():
     assert loss.item() == pytest.approx(-0.25 * (2 + 2 - 1))
     assert logprobs.grad.tolist() == [-0.5, -0.5, 0.25]
     assert tensors["drift"].tolist() == pytest.approx([0.7, 1.0, 4.0])
+
+
+def test_drift_is_of_fresh_tokens_and_importance_of_all():
+    """A token of older weights drifts by what was learned since; the cap's weight must still know what it was sampled from."""
+    members = (Trajectory("reasoner", (1,), (2, 2), (-3.0, -1.0), 1.0, 0.0, weight=0.25, num_stale=1),)
+    row = row_tensors((Block((1,), members),), "cpu")
+    logprobs = torch.tensor([-1.0, -1.5], requires_grad=True)
+    loss, tensors = row_loss(logprobs, torch.zeros(2), row, LossSettings(None, 2.0))
+    loss.backward()
+    assert tensors["capped"].tolist() == [1.0, 0.0]
+    assert logprobs.grad.tolist() == pytest.approx([-0.25 * 2.0, -0.25 * math.exp(-0.5)])
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in SUMS}
+    _add({**tensors, "loss": loss.detach()}, sums, torch.zeros(BINS, dtype=torch.float64))
+    assert (sums["drift"], sums["fresh"], sums["count"]) == (0.5, 1, 2)
 
 
 def test_clipping_stops_gradients_only_where_the_step_went_too_far():

@@ -120,6 +120,8 @@ def test_score_is_the_prompts_own_logprobs(engine: SglangEngine, model: torch.nn
     ids = list(range(40, 140))
     for _ in range(2):  # the second time from the prefix cache
         torch.testing.assert_close(torch.tensor(engine.score(ids)), logprobs(model, ids), atol=1e-3, rtol=0)
+    last = [*PROMPT, model.config.vocab_size - 1, 40]  # which the server reports as 0
+    torch.testing.assert_close(torch.tensor(engine.score(last)), logprobs(model, last), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="two token ids"):
         engine.score([1])
 

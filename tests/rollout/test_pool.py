@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.game.carried import Game, new_games
 from megatron_spice.game.records import Attempt, Completion, Episode, Passage, Sampling
 from megatron_spice.rollout.engine import EngineError, EnginesLost
 from megatron_spice.rollout.pool import RolloutPool
@@ -67,8 +68,8 @@ async def play(passage: Passage, iteration: int, slot: int, engine: FakeEngine) 
     return Episode(iteration, slot, passage, "chat", "MCQ", (Attempt(completion, None, None),))
 
 
-def passages(count: int) -> list[Passage]:
-    return [Passage(100 + index, 0, "test", (index,), "") for index in range(count)]
+def games(count: int, iteration: int = 1) -> list[Game]:
+    return new_games(iteration, [Passage(100 + index, 0, "test", (index,), "") for index in range(count)])
 
 
 def single(engine: FakeEngine, **settings: Any) -> RolloutPool:
@@ -80,9 +81,9 @@ def test_one_rank_plays_all_in_order_and_no_more_at_a_time_than_it_may() -> None
     pool = single(engine)
     pool.start()
     for iteration in (1, 2):  # the second on the same loop
-        episodes = pool.play(iteration, passages(20))
+        episodes = pool.play(iteration, games(20, iteration)).episodes
         assert [(e.iteration, e.slot, e.passage.index) for e in episodes] == [(iteration, i, 100 + i) for i in range(20)]
-    assert engine.most == 3 and pool.play(3, []) == []
+    assert engine.most == 3 and pool.play(3, []).episodes == []
     pool.sleep()
     pool.wake(["weights"])
     pool.close()
@@ -93,10 +94,10 @@ def test_one_rank_plays_all_in_order_and_no_more_at_a_time_than_it_may() -> None
 
 def test_a_passage_that_fails_is_an_error_and_the_pool_can_go_on() -> None:
     pool = single(FakeEngine(delay=0.01))
-    bad = Passage(0, 0, "test", (1,), "bad")
+    bad = Game(4, 5, Passage(0, 0, "test", (1,), "bad"))
     with pytest.raises(EngineError, match="(?s)iteration 4 failed on 1 of 1 ranks.*cannot be played"):
-        pool.play(4, [*passages(5), bad, *passages(5)])
-    assert len(pool.play(5, passages(4))) == 4
+        pool.play(4, [*games(5), bad, *games(5)])
+    assert len(pool.play(5, games(4)).episodes) == 4
     pool.close()
 
 
@@ -104,14 +105,14 @@ def test_an_engine_that_dies_silently_is_noticed_and_loses_only_what_it_was_play
     engine = FakeEngine(delay=1000.0)
     engine.dead = True
     pool = single(engine, max_restarts=1)
-    assert pool.play(1, passages(2)) == [] and engine.life == ["kill"]
+    assert pool.play(1, games(2)).left == games(2) and engine.life == ["kill"]
     assert pool.lost() == ["engine of rank 0: the engine has ended"]
-    assert pool.play(1, passages(2)) == []  # nothing is asked of a dead engine
+    assert pool.play(1, games(2)).episodes == []  # nothing is asked of a dead engine
     pool.sleep()
     engine.delay, engine.dead = 0.0, False
     assert pool.revive() == 1 and pool.lost() == []
     assert engine.life == ["kill", "close_requests", "launch", "ready"]
-    assert [episode.slot for episode in pool.play(1, passages(6), [1, 4, 5])] == [1, 4, 5]
+    assert [episode.slot for episode in pool.play(1, [games(6)[slot] for slot in (1, 4, 5)]).episodes] == [1, 4, 5]
     pool.close()
 
 
@@ -121,14 +122,14 @@ def test_an_engine_that_keeps_failing_is_given_up_within_an_iteration_and_not_ov
     for iteration in range(1, 5):
         for failure in range(3 if iteration == 4 else 2):
             engine.dead, engine.delay = True, 1000.0
-            assert pool.play(iteration, passages(1)) == [] and len(pool.lost()) == 1
+            assert pool.play(iteration, games(1)).episodes == [] and len(pool.lost()) == 1
             if failure == 2:
                 with pytest.raises(EnginesLost, match="(?s)failed 3 times in a row .rollout.max_restarts=2.*has ended"):
                     pool.revive()
                 return pool.close()
             engine.dead, engine.delay = False, 0.0
             pool.revive()
-        assert len(pool.play(iteration, passages(3))) == 3
+        assert len(pool.play(iteration, games(3)).episodes) == 3
     raise AssertionError("it was never given up")
 
 
@@ -141,11 +142,13 @@ def test_an_engine_that_answers_garbage_is_replaced_and_nothing_of_it_is_kept() 
 
     engine = Garbage(delay=0.01)
     pool = single(engine, max_restarts=1)
-    first = pool.play(1, passages(8))
-    missing = [slot for slot in range(8) if slot not in {episode.slot for episode in first}]
+    first = pool.play(1, games(8))
+    missing = [game.slot for game in first.left]
     assert 3 in missing and len(pool.lost()) == 1
+    assert sorted([*missing, *(episode.slot for episode in first.episodes)]) == list(range(8))
     pool.revive()
-    assert [episode.slot for episode in pool.play(1, passages(8), missing)] == missing
+    again = pool.play(1, first.left)
+    assert [episode.slot for episode in again.episodes] == missing and again.left == []
     pool.close()
 
 
@@ -188,12 +191,12 @@ def two_ranks(rank: int, store: dist.Store) -> None:
 
     # A slow engine and a fast one: all passages once, most of them by the fast one.
     both = pool(FakeEngine(delay=0.2 if rank == 0 else 0.0))
-    episodes = both.play(1, passages(30))
+    episodes = both.play(1, games(30)).episodes
     assert [episode.slot for episode in episodes] == list(range(30))
     # A failure on one rank is an error on both, and neither waits.
     with pytest.raises(EngineError, match="(?s)iteration 2 failed.*cannot be played"):
-        both.play(2, [Passage(0, 0, "test", (1,), "bad"), *passages(30)])
-    assert len(both.play(3, passages(3))) == 3
+        both.play(2, [Game(2, 0, Passage(0, 0, "test", (1,), "bad")), *games(30)])
+    assert len(both.play(3, games(3)).episodes) == 3
     both.close()
 
     # An engine that fails: the other rank's plays on, both know what is missing, and what is missing is played again.
@@ -202,19 +205,19 @@ def two_ranks(rank: int, store: dist.Store) -> None:
     store = dist.PrefixStore("lame", store)
     pair = RolloutPool(topology, store, [lame], play, passages_in_flight=2, max_restarts=1)
     pair.start()
-    episodes = pair.play(1, passages(40))
-    played = [episode.slot for episode in episodes]
+    first = pair.play(1, games(40))
+    played = [episode.slot for episode in first.episodes]
     assert 30 < len(played) < 40 and pair.lost() == ["engine of rank 1: the engine has ended"]
     lame.dead, lame.delay = False, 0.0
     assert pair.revive() == 1
-    again = pair.play(1, passages(40), [slot for slot in range(40) if slot not in played])
+    again = pair.play(1, first.left).episodes
     assert sorted(played + [episode.slot for episode in again]) == list(range(40))
     pair.close()
 
     # Only the first rank hosts an engine; the other gets the episodes all the same.
     store = dist.PrefixStore("one", store)
     one = RolloutPool(topology, store, [FakeEngine()] if rank == 0 else [], play, passages_in_flight=2)
-    assert [episode.passage.index for episode in one.play(1, passages(7))] == list(range(100, 107))
+    assert [episode.passage.index for episode in one.play(1, games(7)).episodes] == list(range(100, 107))
     one.close()
 
     # An engine that does not come up stops both ranks.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.game.carried import Game, new_games
 from megatron_spice.game.records import Attempt, Episode, Passage, Sampling
 from megatron_spice.rollout.engine import Engine, EnginesLost
 from megatron_spice.rollout.pool import RolloutPool
@@ -31,8 +32,8 @@ async def play(passage: Passage, iteration: int, slot: int, engine: Engine) -> E
     return Episode(iteration, slot, passage, "chat", "MCQ", (Attempt(completion, None, None),))
 
 
-def passages(count: int) -> list[Passage]:
-    return [Passage(index, 0, "test", (40 + index, 41), "") for index in range(count)]
+def games(count: int) -> list[Game]:
+    return new_games(1, [Passage(index, 0, "test", (40 + index, 41), "") for index in range(count)])
 
 
 class Match:
@@ -53,7 +54,7 @@ class Match:
 
         Returns: rounds that were needed, what was said of lost engines, seconds of the first round.
         """
-        missing, rounds, said = list(range(count)), 0, []
+        missing, rounds, said = games(count), 0, []
         episodes: list[Episode] = []
         first = 0.0
         while missing:
@@ -63,12 +64,13 @@ class Match:
                 self.shared |= shared_memory(*processes(leader))
                 threading.Timer(0.7, harm, [leader]).start()
             began = time.monotonic()
-            episodes += self.pool.play(iteration, passages(count), missing)
+            played = self.pool.play(iteration, missing)
+            episodes += played.episodes
             first = first or time.monotonic() - began
             rounds += 1
-            played = [episode.slot for episode in episodes]
-            assert len(set(played)) == len(played), "a passage was counted twice"
-            missing = [slot for slot in range(count) if slot not in played]
+            missing = played.left
+            slots = [episode.slot for episode in episodes] + [game.slot for game in missing]
+            assert sorted(slots) == list(range(count)), "a passage was lost or counted twice"
             if lost := self.pool.lost():
                 said += lost
                 self.pool.revive()
