@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.describe import resolved
+from megatron_spice.config.engine_weights import quantization_config
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import hugging_face_folder, read_architecture
 from megatron_spice.config.schema import Config
@@ -173,7 +174,9 @@ def _make_pool(
         number = hosted_engine(topology.local_rank, topology.local_world_size, rollout.engines_per_node)
         if number is not None:
             log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
-            engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path))
+            fp8 = rollout.weights == "fp8"
+            told = quantization_config(config.policy, read_architecture(config.policy.model)) if fp8 else None
+            engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,

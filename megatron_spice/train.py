@@ -162,7 +162,7 @@ def _hand_over(run: Run, version: int) -> dict[str, float]:
     metrics = policy.sleep(keep_weights=True)
     dist.barrier()
     pool.wake([WEIGHTS])
-    seconds, num_bytes = sync.push(_buckets(run), policy.hf_names, pool.crew, str(version))
+    seconds, num_bytes = sync.push(_buckets(run), policy.rollout_names, pool.crew, str(version))
     ours = policy.score(run.probe_ids) if config.rollout.verify_sync else None
     metrics |= policy.sleep_weights()
     dist.barrier()

@@ -102,7 +102,7 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
                     seconds["copy"].append(copy())
                     policy.sleep(keep_weights=True)
                     took, num_bytes = sync.push(
-                        lambda: policy.rollout_buckets(parcel), policy.hf_names, crew, str(version)
+                        lambda: policy.rollout_buckets(parcel), policy.rollout_names, crew, str(version)
                     )
                     policy.wake()
                     if crew.num_lost:

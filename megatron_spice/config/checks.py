@@ -9,6 +9,7 @@ import importlib.util
 import json
 from urllib.parse import urlsplit
 
+from megatron_spice.config.engine_weights import engine_weights_problems
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
@@ -167,6 +168,7 @@ def check_model(config: Config, architecture: ModelArchitecture, num_nodes: int 
     problems = [problem for problem in layout_problems(config.policy, architecture, ranks) if problem not in told]
     if not config.rollout.engines:
         problems += tensor_problems("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, architecture)
+    problems += engine_weights_problems(config, architecture)
     return problems + _check_context(config, architecture)
 
 

@@ -97,6 +97,11 @@ class RolloutConfig(Room):
     memory_fraction: float = Field(0.6, gt=0, lt=1, description="Share of accelerator memory for weights and KV cache.")
     threads: PositiveInt | None = Field(None, description="CPU threads of an engine; None: the cores shared out.")
     bucket_mb: PositiveInt = Field(256, description="Weights travel to the engines in buckets of this size, MiB.")
+    weights: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="What engines hold. `auto`: the policy's own type (see round_weights); `fp8`: E4M3 in blocks of 128 x 128 with "
+        "their factors, as an FP8 policy rounds its weights.",
+    )
     round_weights: bool = Field(
         True, description="Engines of an FP8 policy get its weights rounded to FP8 and back, as its own products see them."
     )

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.rollout.placement import hosted_engine, remote_engines
+from megatron_spice.weights.routes import Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,22 @@ def _degrees() -> tuple[int, int, int, int]:
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
+
+
+def seats(topology: Topology, placement: Placement, rollout: RolloutConfig) -> list[Seat]:
+    """Where every rank stands, and which host engines, or send to ones that run already. All ranks call it together, after `initialize`."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    team = tuple(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
+    if rollout.engines:
+        is_host = bool(remote_engines(topology.rank, topology.world_size, rollout.engines))
+    else:
+        is_host = hosted_engine(topology.local_rank, topology.local_world_size, rollout.engines_per_node) is not None
+    mine = Seat(topology.rank, topology.node_rank, placement.pipeline_rank, placement.expert_rank, team, is_host)
+    everyone: list[Seat] = [mine] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def shutdown() -> None:

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.engine_weights import fp8_layers
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
@@ -37,6 +38,7 @@ from megatron_spice.policy.row_mask import forget_rows
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
 from megatron_spice.weights.gather import Gatherer, Memory
 from megatron_spice.weights.load import load_hf
+from megatron_spice.weights.plan import lay_out, quantised_names
 from megatron_spice.weights.stage import Stage, stage_parameters
 
 
@@ -89,10 +91,14 @@ class Policy:
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
             parallel_state.get_expert_model_parallel_group(),
+            parallel.seats(topology, self.placement, config.rollout),
         )
-        self.rounded_weights = (
-            precision.rounded_weights(self.chunks, config.policy) if config.rollout.round_weights else {}
+        quantises = config.rollout.weights == "fp8"
+        self.quantised_weights = (
+            quantised_names(architecture, fp8_layers(config.policy, architecture.num_layers)) if quantises else frozenset()
         )
+        rounds = config.rollout.round_weights and not quantises
+        self.rounded_weights = precision.rounded_weights(self.chunks, config.policy) if rounds else {}
         self.sleeper = Sleeper(self.wrapped, self.optimizer, self.device, config.policy.sleep)
         self.reference: Reference | None = None
 
@@ -121,19 +127,28 @@ class Policy:
         return self.gatherer.buckets(self.parameters)
 
     def rollout_buckets(self, memory: Memory | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """What engines are to generate with: `hf_buckets`, but each weight as this policy's own products see it. An FP8 policy
-        rounds its weights, and engines that did not would sample from another one (`rollout.round_weights`).
+        """What engines are to generate with: `hf_buckets`, but only on ranks that host an engine, though all must iterate; and
+        each weight as this policy's own products see it. An FP8 policy rounds its weights, and engines that did not would
+        sample from another one: they get rounded weights (`rollout.round_weights`), or FP8 numbers and factors
+        (`rollout.weights`).
 
         Args:
             memory: where on this host buckets are put, if the policy is on a CPU.
         """
         assert self.sleeper.weights_awake, "rollout_buckets() while the weights are asleep"
-        return self.gatherer.buckets(self.parameters, self.rounded_weights, memory if self.device.type == "cpu" else None)
+        on_host = memory if self.device.type == "cpu" else None
+        return self.gatherer.buckets(self.parameters, self.rounded_weights, on_host, self.quantised_weights, hosts_only=True)
 
     @property
     def hf_names(self) -> set[str]:
         """The names of all tensors that `hf_buckets` gives."""
         return {name for bucket in self.gatherer.plan for name in bucket.shapes}
+
+    @property
+    def rollout_names(self) -> set[str]:
+        """The names of all tensors that `rollout_buckets` gives."""
+        plan, quantised = self.gatherer.plan, self.quantised_weights
+        return {name for bucket in plan for name in lay_out(bucket.shapes, self.parameters_dtype, quantised)}
 
     def keep_reference(self) -> None:
         """From now on updates are compared with the weights as they are at this moment (`policy.kl_coefficient`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,13 +54,14 @@ def cpu_binding(cores: Sequence[int], ranks: int, threads: int) -> str:
 
 def server_settings(
     config: RolloutConfig, topology: Topology, precision: Precision, model: Path, *, port: int, rendezvous_port: int,
-    load_format: str = "dummy",
+    load_format: str = "dummy", quantization: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `sglang_server.py` gets: {"server": SGLang's own settings, "cpu_threads": int or None,
     "cpu_binding": only for several CPU ranks}.
 
     `model` is a Hugging Face folder. With `load_format` "dummy" only its config and tokenizer are read: the weights
-    come by sync before anything is generated. "auto" reads its weights too.
+    come by sync before anything is generated. "auto" reads its weights too. `quantization` is the `quantization_config`
+    that the model's config shall have (`config/engine_weights.py`); None: its own.
     """
     server = {
         "model_path": str(model),
@@ -79,6 +81,8 @@ def server_settings(
         "log_level": "info",
         "log_level_http": "warning",
     }
+    if quantization is not None:
+        server["json_model_override_args"] = json.dumps({"quantization_config": quantization})
     if topology.device == "cuda":
         server |= {"base_gpu_id": topology.local_rank, "enable_memory_saver": True}
         return {"server": server, "cpu_threads": None}

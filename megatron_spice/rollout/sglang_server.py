@@ -7,7 +7,7 @@
 The API key comes in the environment, not among the arguments, which every user of the machine can read. SGLang spawns a
 scheduler (the model) and a detokenizer; spawning imports this module again in each of them, so what has to be true in
 every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins are) is arranged at import,
-before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py`, which only loads in here.
+before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py` and `cpu_fp8.py`, which only load in here.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def run_scheduler(
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     if os.environ.get(ATTENTION_VARIABLE) == "batched":
-        from megatron_spice.rollout.cpu_attention import register
+        from megatron_spice.rollout import cpu_attention
 
-        register()
+        cpu_attention.register()
+    if os.environ.get(THREADS_VARIABLE) and "quantization_config" in server_args.json_model_override_args:
+        from megatron_spice.rollout import cpu_fp8
+
+        cpu_fp8.register()
     load_file = Path(shm_path_for(port_args.instance_id))
     announcing = _WhenReady(pipe_writer, lambda: load_file.unlink(missing_ok=True))
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, pp_rank, dp_rank, announcing, *rest, **display)

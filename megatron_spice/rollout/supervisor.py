@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_spice.cluster.children import Child
 from megatron_spice.cluster.ports import LOOPBACK, ReservedPort
@@ -45,6 +45,7 @@ class SglangEngine:
     Args:
         model: Hugging Face folder: config and tokenizer, and weights if `load_format` is "auto".
         log_path: the server's output, added to at each start.
+        quantization: the `quantization_config` of an engine with FP8 weights (`config/engine_weights.py`).
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SglangEngine:
         log_path: Path,
         *,
         load_format: str = "dummy",
+        quantization: dict[str, Any] | None = None,
     ) -> None:
         self.log_path = log_path
         self._config = config
@@ -63,6 +65,7 @@ class SglangEngine:
         self._precision: Precision = precision
         self._model = model
         self._load_format = load_format
+        self._quantization = quantization
         self._child: Child | None = None
         self._ports: list[ReservedPort] = []
         self._scratch: str | None = None
@@ -81,6 +84,7 @@ class SglangEngine:
         settings = server_settings(
             self._config, self._topology, self._precision, self._model,
             port=port, rendezvous_port=rendezvous_port, load_format=self._load_format,
+            quantization=self._quantization,
         )  # fmt: skip
         key = secrets.token_urlsafe(32)
         self._child = Child(

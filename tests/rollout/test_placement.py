@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +64,12 @@ def test_servers_that_run_already_are_spread_over_all_ranks() -> None:
     assert [remote_engines(rank, 8, urls[:2]) for rank in range(8)] == [urls[:1], [], [], [], urls[1:2], [], [], []]
     shares = [remote_engines(rank, 2, urls) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == urls and {len(share) for share in shares} == {2, 3}
+
+
+def test_an_engine_is_told_of_fp8_weights_in_its_models_config():
+    plain = server_settings(RolloutConfig(), Topology(), "fp8", Path("m"), port=1, rendezvous_port=2)["server"]
+    told = server_settings(
+        RolloutConfig(), Topology(), "fp8", Path("m"), port=1, rendezvous_port=2, quantization={"quant_method": "fp8"}
+    )["server"]
+    assert "json_model_override_args" not in plain
+    assert json.loads(told["json_model_override_args"]) == {"quantization_config": {"quant_method": "fp8"}}

@@ -65,7 +65,7 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 result["greedy"] = completion.completion_ids
             result["noticed"] = _corrupted_sync(policy, Crew(engines), probe, sync)
             try:
-                sync.push(lambda: list(policy.hf_buckets())[:-1], policy.hf_names, Crew([]), "9")
+                sync.push(lambda: _without_their_last(policy.hf_buckets()), policy.hf_names, Crew([]), "9")
             except sync.SyncMismatch as error:
                 result["lost"] = str(error)
         finally:
@@ -74,6 +74,10 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 engine.close()
         dist.barrier()
     return result
+
+
+def _without_their_last(buckets: Any) -> list[dict[str, torch.Tensor]]:
+    return [dict(list(bucket.items())[:-1]) for bucket in buckets]
 
 
 async def _greedy(engine: Any, sampling: Any) -> Any:

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from small_models import DENSE, MIXTURE
 
 from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.weights.vocabulary import padded_vocabulary
 
 TIED = dataclasses.replace(DENSE, tied_embeddings=True)
 FIVE = dataclasses.replace(DENSE, num_layers=5, tied_embeddings=True)
@@ -27,19 +28,54 @@ JOBS = {
 }
 
 
+HOSTS = [[0], [0, 2], [3], [1, 2, 3], [0]]
+"""Ranks that host an engine; the last ones get the weights of the layers QUANTISED in FP8."""
+QUANTISED = [1, 2]
+
+
 @pytest.fixture(scope="module")
 def results():
-    ranks = run_ranks(4, Path(__file__).with_name("gather_ranks.py"), "gather", list(JOBS.values()), 10_000)
+    script = Path(__file__).with_name("gather_ranks.py")
+    ranks = run_ranks(4, script, "gather", list(JOBS.values()), HOSTS, 10_000, QUANTISED)
     return {name: [rank[index] for rank in ranks] for index, name in enumerate(JOBS)}
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_rank_gets_every_tensor(results, name):
-    for rank in results[name]:
-        assert rank["wrong"] == []
-        assert {tensor for bucket in rank["order"] for tensor in bucket} == rank["all"]
-        assert rank["order"] == results[name][0]["order"]
-        assert len(rank["order"]) > 4, "everything in one bucket tests no order"
+    ranks = results[name]
+    for rank in ranks:
+        found = rank["everyone"]
+        assert found["wrong"] == []
+        assert {tensor for bucket in found["order"] for tensor in bucket} == rank["all"]
+        assert found["order"] == ranks[0]["everyone"]["order"]
+        assert len(found["order"]) > 4, "everything in one bucket tests no order"
+
+
+@pytest.mark.parametrize("case", range(len(HOSTS)))
+@pytest.mark.parametrize("name", JOBS)
+def test_hosts_get_the_same_and_other_ranks_nothing(results, name, case):
+    architecture, layout = JOBS[name]
+    # Slices of embedding and output matrix travel with the rows that round the vocabulary up.
+    rows = padded_vocabulary(architecture.vocab_size, layout.tensor) - architecture.vocab_size
+    padding = 2 * rows * architecture.hidden_size * 4
+    for number, rank in enumerate(results[name]):
+        found = rank["hosts"][case]
+        assert found["wrong"] == []
+        if number not in HOSTS[case]:
+            assert found["order"] == [] and found["bytes"] == 0
+        elif case < len(HOSTS) - 1:
+            assert found["order"] == rank["everyone"]["order"]
+            assert 0 < found["bytes"] <= rank["everyone"]["bytes"] + padding
+        else:
+            assert {tensor for bucket in found["order"] for tensor in bucket} == rank["quantised"] > rank["all"]
+
+
+def test_only_what_is_lacking_travels(results):
+    """All of the model but what the host holds, padding apart: nothing twice, and FP8 numbers for what one rank has whole."""
+    for name in ("expert 2, pipeline 2", "uneven pipeline"):
+        host = results[name][0]
+        [whole], [lacking, halved] = {host["everyone"]["bytes"]}, (host["hosts"][case]["bytes"] for case in (0, -1))
+        assert lacking == pytest.approx(whole, rel=0.01) and halved < 0.8 * whole
 
 
 def test_a_rank_holds_its_share_of_the_experts(results):

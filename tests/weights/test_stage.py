@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_models import DENSE, MIXTURE
 
 from megatron_spice.config.layout import ParallelLayout
-from megatron_spice.weights.gather import plan_buckets
+from megatron_spice.weights.plan import plan_buckets
 from megatron_spice.weights.load import fill
 from megatron_spice.weights.names import hf_shapes, table
 from megatron_spice.weights.stage import Stage, stage_parameters
