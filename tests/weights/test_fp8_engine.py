@@ -54,7 +54,7 @@ def test_what_is_sent_is_what_the_policy_multiplies(results):
         else:
             assert torch.equal(sent[name], tensor)
             assert "proj" not in name or "layers.0." in name or "layers.3." in name
-    assert first["bytes"] < 0.75 * sum(tensor.nbytes for tensor in rounded.values())
+    assert first["bytes"] < 0.8 * sum(tensor.nbytes for tensor in rounded.values())
     assert second["sent"] == {} and second["bytes"] == 0, "a rank without an engine got something"
 
 
