@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if options.suite == "rank":
         die_with_parent()
-        job = json.loads(options.job)
+        job = json.loads(Path(options.job[1:]).read_text() if options.job.startswith("@") else options.job)
         SUITES[job["suite"]].run_rank(job, options.result)
         return 0
     suite = SUITES[options.suite]

@@ -68,24 +68,26 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_rank(job: dict[str, Any], result: Path) -> None:
-    """Measures the job, ours in processes of its own, theirs in this one."""
-    theirs = shape = None
+    """Measures the job, each side in processes of its own."""
+    from iteration_trl import Shape, measure, run_theirs
+
+    if "theirs" in job:
+        result.write_text(json.dumps(measure(job["theirs"])))
+        return
+    shape = None
     found: dict[str, Any] = {"title": job["title"], "rounds": []}
     for number in range(1, job["rounds"] + 1):
         with tempfile.TemporaryDirectory(prefix="spice-iteration-") as folder:
             ours, batches = _ours(job, Path(folder))
+            chosen = dict(list(batches.items())[: job["their_steps"]])
+            theirs = run_theirs(job["model"], list(chosen.values()), shape, Path(folder)) if job["against"] else None
         print(f"round {number}: ours {ours}", file=sys.stderr, flush=True)
         round_: dict[str, Any] = {"ours": ours, "theirs": []}
-        if job["against"]:
-            from iteration_trl import Theirs
-
-            if theirs is None:
-                theirs = Theirs(Path(job["model"]))
-                shape, found["shapes"] = theirs.fastest(next(iter(batches.values())))
-                found["shape"] = shape.describe()
-            chosen = dict(list(batches.items())[: job["their_steps"]])
-            seconds = theirs.seconds(list(chosen.values()), shape)
-            for (iteration, batch), took in zip(chosen.items(), seconds, strict=True):
+        if theirs is not None:
+            if shape is None:
+                shape, found["shapes"] = theirs["shape"], theirs["tried"]
+                found["shape"] = Shape(**shape).describe()
+            for (iteration, batch), took in zip(chosen.items(), theirs["seconds"], strict=True):
                 round_["theirs"].append({"iteration": iteration, "tokens": batch.num_tokens, "seconds": took})
         found["rounds"].append(round_)
     result.write_text(json.dumps(found | summary(found["rounds"])))
@@ -115,7 +117,7 @@ def _ours(job: dict[str, Any], folder: Path) -> tuple[list[dict[str, Any]], dict
             "iteration": number, "tokens": batches[number].num_tokens, "seconds": line["seconds/iteration"],
             "sequences": sum(map(len, batches[number].lengths)), "generated_tokens": generated[number],
             "trained_completion_tokens": sum(map(sum, batches[number].lengths)),
-            "phases": {name: line[f"seconds/{name}"] for name in PHASES if f"seconds/{name}" in line},
+            "metrics": line, "phases": {name: line[f"seconds/{name}"] for name in PHASES if f"seconds/{name}" in line},
         })  # fmt: skip
     return timed, even_batches({number: batch for number, batch in batches.items() if number > 1})
 

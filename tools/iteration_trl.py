@@ -17,17 +17,22 @@ What TRL is given its due:
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from megatron_spice.cluster.children import Child
+
+BENCHMARK = Path(__file__).with_name("benchmark.py")
+# With them accelerate would make a distributed job of one process of it, whose gradients are copied.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,46 @@ def shapes(num_groups: int, group_size: int) -> list[Shape]:
     return found or [Shape(num_groups * group_size, 1)]
 
 
+def run_theirs(model: str, batches: Sequence[Batch], shape: dict[str, int] | None, folder: Path) -> dict[str, Any]:
+    """Steps on batches in a process of its own, whose memory is given back before anything else runs.
+
+    Args:
+        shape: fields of a `Shape`; None: the fastest on the first batch.
+
+    Returns: `seconds` of the steps, `shape` (its fields), and the seconds of all shapes that were `tried`.
+
+    Raises:
+        RuntimeError: it failed; with its last words.
+    """
+    job = {"suite": "iteration", "theirs": {"model": model, "batches": [asdict(batch) for batch in batches], "shape": shape}}
+    about, result = folder / "theirs.json", folder / "their_result.json"
+    about.write_text(json.dumps(job))
+    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    command = [sys.executable, str(BENCHMARK), "rank", f"@{about}", str(result)]
+    child = Child(command, log_path=folder / "theirs.log", environment=environment)
+    try:
+        while (code := child.exit_code()) is None:
+            time.sleep(0.2)
+    finally:
+        child.stop()
+    if code:
+        raise RuntimeError(f"TRL's side ended with exit code {code}:\n{child.log_tail(40)}")
+    return json.loads(result.read_text())
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """What `run_theirs` asks its process for."""
+    theirs, batches, tried = Theirs(Path(job["model"])), [Batch(**batch) for batch in job["batches"]], {}
+    shape = Shape(**job["shape"]) if job["shape"] else None
+    if shape is None:
+        shape, tried = theirs.fastest(batches[0])
+    return {"seconds": theirs.seconds(batches, shape), "shape": asdict(shape), "tried": tried}
+
+
 class Theirs:
     """TRL with a model. `seconds(batches, shape)` takes a step on each."""
 
     def __init__(self, model: Path) -> None:
-        for name in RANK_VARIABLES:  # accelerate would make a distributed job of one process of it, whose gradients it copies
-            os.environ.pop(name, None)
         _import_transformers()
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
