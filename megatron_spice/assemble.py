@@ -37,6 +37,7 @@ from megatron_spice.rollout.remote import KEY_VARIABLE, Expected, RemoteEngine
 from megatron_spice.rollout.supervisor import SglangEngine
 from megatron_spice.telemetry.run_log import RunLog
 from megatron_spice.telemetry.timer import PhaseTimer
+from megatron_spice.weights.sync import copy_rate
 
 if TYPE_CHECKING:
     from megatron_spice.checkpoint.checkpointer import Checkpointer
@@ -67,6 +68,7 @@ class Run:
     log: RunLog | None
     done: int
     timer: PhaseTimer
+    copy_rate: float  # bytes a second, the ceiling of a sync
     saved: int = 0  # the newest iteration whose checkpoint this run made or came from
     engine_restarts: int = 0
     parcel: Parcel = field(default_factory=Parcel)
@@ -141,6 +143,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         load_tensors(policy, resume, with_optimizer=True)
     policy.sleep(keep_weights=False)
     dist.barrier()
+    rate = copy_rate(policy.device)
     pool.start()
     pool.sleep()
     dist.barrier()
@@ -151,7 +154,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
         config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer(),
-        saved=done, carried=carried,
+        rate, saved=done, carried=carried,
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "

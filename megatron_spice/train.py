@@ -171,7 +171,7 @@ def _hand_over(run: Run, version: int) -> dict[str, float]:
     if ours is not None:
         tolerance = config.rollout.sync_tolerance or sync.TOLERANCE[config.policy.precision]
         difference = sync.verify(ours, pool.crew, run.probe_ids, tolerance)
-    return metrics | sync.SyncReport(seconds, num_bytes, difference).metrics()
+    return metrics | sync.SyncReport(seconds, num_bytes, difference, run.copy_rate).metrics()
 
 
 def _buckets(run: Run) -> Callable[[], Iterator[dict[str, torch.Tensor]]]:

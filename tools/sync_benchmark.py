@@ -77,6 +77,7 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
     from megatron_spice.policy.policy import Policy
     from megatron_spice.rollout.buckets import Parcel
     from megatron_spice.rollout.crew import Crew
+    from megatron_spice.rollout.engine import WEIGHTS
     from megatron_spice.rollout.supervisor import SglangEngine
     from megatron_spice.weights import sync
 
@@ -100,7 +101,9 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
                 copy()
                 for version in range(job["steps"] + 1):
                     seconds["copy"].append(copy())
+                    engine.sleep()  # as between two iterations
                     policy.sleep(keep_weights=True)
+                    engine.wake([WEIGHTS])
                     took, num_bytes = sync.push(
                         lambda: policy.rollout_buckets(parcel), policy.rollout_names, crew, str(version)
                     )

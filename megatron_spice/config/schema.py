@@ -105,7 +105,10 @@ class RolloutConfig(Room):
     round_weights: bool = Field(
         True, description="Engines of an FP8 policy get its weights rounded to FP8 and back, as its own products see them."
     )
-    verify_sync: bool = Field(True, description="After each sync compare engine and policy log-probs on a fixed text.")
+    verify_sync: bool = Field(
+        True,
+        description="After each sync compare engine and policy log-probs on a fixed text; after an engine's first, its weights too.",
+    )
     sync_tolerance: PositiveFloat | None = Field(
         None, description="Largest mean absolute difference verify_sync accepts; None: by precision (weights/sync.py)."
     )

@@ -1,11 +1,7 @@
 """Weights on their way to an engine: many tensors in one flat piece of memory that both processes map.
 
-The engine's HTTP request carries only a pickle of *handles*: of one uint8 tensor (shared memory on a CPU, CUDA IPC on
-an accelerator) and of a list that says where in it which tensor lies. This is SGLang's `flattened_bucket` format.
-SGLang's own helpers for it live behind an import of all of SGLang: measured, 3 to 4 s and some 3,000 modules in every
-trainer that hosts an engine, and it patches transformers on the way. The format needs none of it: the receiver reads
-six attributes of each entry, and its restricted unpickler admits `types.SimpleNamespace`. So that is what is sent, and
-a test against the real server holds it.
+The engine's HTTP request carries only a pickle of a *handle* of one uint8 tensor (shared memory on a CPU, CUDA IPC on an
+accelerator), under a name that says where in it which tensor lies; `bucket_loader.py` reads it in the engine.
 
 Tensors start at multiples of 16 bytes, so that a mixture of types can be viewed in place. Tensors that lie in shared memory
 already, one beside the other as the gatherer leaves them in a `Parcel`, are sent from where they are.
@@ -15,9 +11,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 
 import torch
 import torch.multiprocessing  # noqa: F401  teaches ForkingPickler to send tensors as handles
@@ -44,8 +41,46 @@ class Parcel:
         return block[:num_bytes].view(dtype)
 
 
-def flatten(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, list[SimpleNamespace]]:
-    """One uint8 tensor with all the bytes, in shared memory if on the CPU, and where each tensor lies in it.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a bucket a tensor lies: bytes `start` to `end`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors as an engine gets them. The memory stays alive as long as this does.
+
+    `flat` [bytes] uint8, in shared memory if on the CPU. `lasting`: the sender will use this memory again, so the receiver
+    had better keep it mapped.
+    """
+
+    flat: torch.Tensor
+    places: tuple[Place, ...]
+    lasting: bool
+
+    def serialise(self, check: bool = False) -> str:
+        """The base64 text that SGLang's HTTP interface takes, for one rank of an engine.
+
+        Args:
+            check: the engine is to compare its parameters with what was sent.
+        """
+        tensors = [
+            (each.name, str(each.dtype).removeprefix("torch."), each.shape, each.start, each.end) for each in self.places
+        ]
+        about = json.dumps({"lasting": self.lasting, "check": check, "tensors": tensors})
+        buffer = io.BytesIO()
+        ForkingPickler(buffer).dump([(about, self.flat)])
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def flatten(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
+    """Tensors in one piece of memory, where they are if they lie in one already.
 
     Raises:
         ValueError: there is no tensor, a name occurs twice, or the tensors are on different devices.
@@ -56,38 +91,34 @@ def flatten(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.Te
         raise ValueError(f"a bucket needs tensors of one device under different names, not {names} on {devices}")
     if (found := _in_place(named_tensors)) is not None:
         return found
-    layout: list[SimpleNamespace] = []
-    end = 0
+    places, end = [], 0
     for name, tensor in named_tensors:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + tensor.numel() * tensor.element_size()
-        layout.append(_place(name, tensor, start, end))
+        places.append(Place(name, tensor.dtype, tuple(tensor.shape), start, end))
     flat = torch.empty(end, dtype=torch.uint8, device=devices.pop())
     if flat.device.type == "cpu":
         _share(flat)
-    for (_, tensor), place in zip(named_tensors, layout, strict=True):
-        flat[place.start_idx : place.end_idx].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-    return flat, layout
+    for (_, tensor), place in zip(named_tensors, places, strict=True):
+        flat[place.start : place.end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    return Bucket(flat, tuple(places), lasting=False)
 
 
-def _in_place(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, list[SimpleNamespace]] | None:
+def _in_place(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket | None:
     """The same for tensors of one shared block, without a copy; None if they are not."""
-    storages = [tensor.untyped_storage() for _, tensor in named_tensors]
-    first = storages[0]
-    if first.device.type != "cpu" or not first.is_shared():
+    block = named_tensors[0][1].untyped_storage()
+    if block.device.type != "cpu" or not block.is_shared():
         return None
-    if not all(s.data_ptr() == first.data_ptr() and t.is_contiguous() for s, (_, t) in zip(storages, named_tensors)):
-        return None
-    layout = []
+    begin, size = block.data_ptr(), block.nbytes()
+    places, last = [], 0
     for name, tensor in named_tensors:
-        start = tensor.storage_offset() * tensor.element_size()
-        layout.append(_place(name, tensor, start, start + tensor.numel() * tensor.element_size()))
-    flat = torch.empty(0, dtype=torch.uint8).set_(first)
-    return flat[: max(place.end_idx for place in layout)], layout
-
-
-def _place(name: str, tensor: torch.Tensor, start: int, end: int) -> SimpleNamespace:
-    return SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=start, end_idx=end, numel=end - start)
+        start = tensor.data_ptr() - begin
+        end = start + tensor.numel() * tensor.element_size()
+        if start < 0 or end > size or not tensor.is_contiguous():
+            return None
+        places.append(Place(name, tensor.dtype, tuple(tensor.shape), start, end))
+        last = max(last, end)
+    return Bucket(torch.empty(0, dtype=torch.uint8).set_(block)[:last], tuple(places), lasting=True)
 
 
 def _share(flat: torch.Tensor) -> torch.Tensor:
@@ -95,11 +126,3 @@ def _share(flat: torch.Tensor) -> torch.Tensor:
     and its multiprocessing children share."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     return flat.share_memory_()
-
-
-def serialise(flat: torch.Tensor, layout: list[SimpleNamespace]) -> str:
-    """The base64 text that SGLang's HTTP interface takes. `flat` must stay alive until the engine has answered."""
-    buffer = io.BytesIO()
-    ForkingPickler(buffer).dump({"flattened_tensor": flat, "metadata": layout})
-    return base64.b64encode(buffer.getvalue()).decode()
-

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from megatron_spice.game.records import Completion, Sampling
+from megatron_spice.rollout.bucket_loader import LOADER
 from megatron_spice.rollout.engine import KV_CACHE, MEMORY, WEIGHTS, EngineError
 from megatron_spice.rollout.http_verbs import HttpVerbs
 
@@ -38,6 +39,7 @@ class EngineClient:
         request_timeout: seconds a generation may take.
         control_timeout: seconds any other request may take.
         tensor_parallel_size: the server's; each of its ranks gets the handles of a bucket.
+        compare_first_update: let the server compare its parameters, bit by bit, with what the first update sent.
         diagnose: what is known about the server when it fails, for error messages.
         generate_url: where generations are asked for, if not at `url`: a router before several servers.
     """
@@ -50,6 +52,7 @@ class EngineClient:
         request_timeout: float = 600.0,
         control_timeout: float = 120.0,
         tensor_parallel_size: int = 1,
+        compare_first_update: bool = False,
         diagnose: Callable[[], str] = lambda: "",
         generate_url: str | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class EngineClient:
         self._tensor_parallel_size = tensor_parallel_size
         self._asleep: set[str] = set()
         self._updating = False
+        self._compare_update = compare_first_update
         self.num_running = 0
         """Generations that have been asked for and not answered."""
         self._session: aiohttp.ClientSession | None = None
@@ -213,19 +217,20 @@ class EngineClient:
         """Overwrites weights by their Hugging Face names; returns when the server has copied them.
 
         Raises:
-            EngineError: outside an update, or the server could not load them (its weights are then undefined).
+            EngineError: outside an update, or the server could not load them (its weights are then undefined), or has
+                others afterwards.
         """
         from megatron_spice.rollout import buckets
 
-        flat, layout = buckets.flatten(named_tensors)
-        handles = [buckets.serialise(flat, layout) for _ in range(self._tensor_parallel_size)]
-        body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": False}
+        bucket = buckets.flatten(named_tensors)
+        handles = [bucket.serialise(self._compare_update) for _ in range(self._tensor_parallel_size)]
+        body = {"serialized_named_tensors": handles, "load_format": LOADER, "flush_cache": False}
         self._http.ask("POST", "/update_weights_from_tensor", body)
 
     def end_update(self, version: str) -> None:
         """Closes the update, drops what was cached under the old weights, sets and checks the version."""
         self._http.ask("POST", "/end_weight_update", {})
-        self._updating = False
+        self._updating = self._compare_update = False
         if KV_CACHE not in self._asleep:
             self.flush_cache()
         self._http.ask("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_spice.config.schema import Precision, RolloutConfig
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.rollout.bucket_loader import LOADER
 
 
 def hosted_engine(local_rank: int, ranks_per_node: int, engines_per_node: int) -> int | None:
@@ -78,6 +79,7 @@ def server_settings(
         "random_seed": config.seed + topology.rank,
         # Ours waits for /ready and sends weights first; a warm-up would generate from random ones.
         "skip_server_warmup": True,
+        "custom_weight_loader": [LOADER],
         "log_level": "info",
         "log_level_http": "warning",
     }

@@ -98,6 +98,7 @@ class SglangEngine:
             key,
             request_timeout=self._config.request_timeout,
             tensor_parallel_size=self._config.tensor_parallel_size,
+            compare_first_update=self._config.verify_sync,
             diagnose=self._diagnosis,
         )
 

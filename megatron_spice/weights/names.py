@@ -133,7 +133,7 @@ def merge_ranks(
     entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture
 ) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone. They may
-    be views of the slices.
+    be views of the slices; the rows of queries, keys and values are in two dimensions, [group, row], of one such view.
 
     Where every rank holds all of it (norms, the router, an expert) one slice is enough.
     """
@@ -195,8 +195,8 @@ def _join_qkv(tensors: Sequence[torch.Tensor], architecture: ModelArchitecture) 
 
 
 def _part_qkv(joined: torch.Tensor, architecture: ModelArchitecture) -> list[torch.Tensor]:
+    """Megatron's interleaved order as [groups, rows of a group, ...] of queries, keys and values."""
     a = architecture
     rest = joined.shape[1:]
     sizes = [a.num_attention_heads // a.num_query_groups * a.head_dim, a.head_dim, a.head_dim]
-    parts = joined.reshape(a.num_query_groups, -1, *rest).split(sizes, dim=1)
-    return [part.reshape(-1, *rest) for part in parts]
+    return list(joined.reshape(a.num_query_groups, -1, *rest).split(sizes, dim=1))

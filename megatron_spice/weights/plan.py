@@ -48,7 +48,9 @@ class Bucket:
 
 
 def plan_buckets(architecture: ModelArchitecture, layout: ParallelLayout, max_elements: int) -> list[Bucket]:
-    """Buckets of at most `max_elements` numbers (a single larger tensor is a bucket of its own)."""
+    """Buckets of at most `max_elements` numbers. A single larger tensor is a bucket of its own, and the last may hold an
+    eighth more, where that saves one: each costs a request.
+    """
     stage = Stage(0, layout, 0, architecture.num_experts)
     owned: dict[tuple[int, int | None], list[Entry]] = {}
     for entry in table(architecture):
@@ -59,18 +61,23 @@ def plan_buckets(architecture: ModelArchitecture, layout: ParallelLayout, max_el
     for owner, entries in owned.items():
         taken: list[Entry] = []
         shapes: dict[str, tuple[int, ...]] = {}
+        left = sum(_num_elements(entry, architecture) for entry in entries)
         total = 0
         for entry in entries:
-            more = hf_shapes(entry, architecture)
-            count = sum(math.prod(shape) for shape in more.values())
-            if taken and total + count > max_elements:
+            count = _num_elements(entry, architecture)
+            if taken and total + count > max_elements and total + left > max_elements * 9 // 8:
                 buckets.append(Bucket(*owner, tuple(taken), shapes))
                 taken, shapes, total = [], {}, 0
             taken.append(entry)
-            shapes |= more
+            shapes |= hf_shapes(entry, architecture)
             total += count
+            left -= count
         buckets.append(Bucket(*owner, tuple(taken), shapes))
     return buckets
+
+
+def _num_elements(entry: Entry, architecture: ModelArchitecture) -> int:
+    return sum(math.prod(shape) for shape in hf_shapes(entry, architecture).values())
 
 
 def quantised_names(architecture: ModelArchitecture, layers: Collection[int]) -> frozenset[str]:
@@ -126,8 +133,8 @@ def put(into: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> No
     """Writes a tensor into its view, or, where there is a place for factors, its FP8 numbers and these."""
     factors = into.get(name + SCALE_SUFFIX)
     if factors is None:
-        into[name].copy_(tensor)
+        into[name].view(tensor.shape).copy_(tensor)
         return
-    values, scale_inv = quantise(tensor, WEIGHT_BLOCK)
+    values, scale_inv = quantise(tensor.reshape(into[name].shape), WEIGHT_BLOCK)
     into[name].copy_(values)
     factors.copy_(scale_inv)
