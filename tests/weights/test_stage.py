@@ -79,7 +79,7 @@ def test_the_plan_has_every_tensor_once(case, max_elements):
     assert {name: shape for bucket in plan for name, shape in bucket.shapes.items()} == expected
     assert sum(len(bucket.shapes) for bucket in plan) == len(expected)
     for bucket in plan:
-        assert bucket.entries and (bucket.num_elements <= max_elements or len(bucket.entries) == 1)
+        assert bucket.entries and (bucket.num_elements <= max_elements * 9 // 8 or len(bucket.entries) == 1)
         for rank in stages(architecture, layout):
             if rank.rank == bucket.stage and bucket.expert_rank in (None, rank.expert_rank):
                 assert all(rank.keys(entry) for entry in bucket.entries)
