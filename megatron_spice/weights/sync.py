@@ -4,7 +4,7 @@ Order, for every engine this rank hosts: open a weight-update session, send each
 session with the new version, and read the version back. Every name of the table must have been sent. With verification
 on, a fixed text is then scored by both sides (the policy first: its weights may sleep by the time the engines can): a
 converter bug or a bucket changed on its way shows as log-probabilities that differ, before a single rollout is wasted
-on it.
+on it. At an engine's first update it also compares its parameters with what was sent (`rollout/bucket_loader.py`).
 """
 
 from __future__ import annotations
@@ -98,13 +98,9 @@ def push(
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
             missing.difference_update(bucket)
             sending.result()
-<<<<<<< HEAD
-    if missing and (crew.engines or num_bytes):
-=======
             sending = sender.submit(_send, crew, list(bucket.items()))
         sending.result()
-    if missing:
->>>>>>> 0b716a9 (Sync within 3x a copy: mapped memory kept by the engine, begin and gather together; first update compared bit by bit; ceiling in the metrics)
+    if missing and (crew.engines or num_bytes):
         raise SyncMismatch(f"{len(missing)} of {len(names)} tensors were not sent, among them {sorted(missing)[:3]}")
     crew.each(lambda engine: engine.end_update(version))
     dist.barrier()
