@@ -83,6 +83,10 @@ def _passages(run_dir: Path) -> list[tuple[int, int]]:
     return [(episode["iteration"], episode["passage"]["index"]) for episode in map(json.loads, lines)]
 
 
+def _episodes(run_dir: Path) -> list[dict]:
+    return [{**json.loads(line), "seconds": 0} for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+
+
 def _metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -99,7 +103,7 @@ def _is_trainer(process: psutil.Process) -> bool:
 
 
 def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe, tmp_path):
-    through = _finish(_start(recipe, tmp_path / "through"))
+    through = _finish(_start(recipe, tmp_path / "through", "rollout.deterministic=true"))
     assert [line.split(" |")[0] for line in through.splitlines() if line.startswith("iteration ")] == [
         f"iteration {number}/4" for number in (1, 2, 3, 4)
     ]
@@ -107,7 +111,7 @@ def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe
     assert first["sync/difference"] < 0.02, "in float32 the engine must compute what the policy computes"
     assert first["seconds/other"] < 0.1 * first["seconds/iteration"]
 
-    job = _start(recipe, tmp_path / "killed")
+    job = _start(recipe, tmp_path / "killed", "rollout.deterministic=true")
     saved = tmp_path / "killed" / "checkpoints" / "iteration_0000002"
     deadline = time.monotonic() + 300
     while not saved.exists():
@@ -120,10 +124,12 @@ def test_a_killed_run_goes_on_with_the_passages_an_uninterrupted_one_sees(recipe
     job.communicate()
     assert not _wait_gone(family), "something outlived the killed job"
 
-    resumed = _finish(_start(recipe, tmp_path / "killed"))
+    resumed = _finish(_start(recipe, tmp_path / "killed", "rollout.deterministic=true"))
     assert "resumed from" in resumed and "iteration 1/4" not in resumed
     assert _passages(tmp_path / "killed") == _passages(tmp_path / "through")
     assert [line["iteration"] for line in _metrics(tmp_path / "killed")] == [1, 2, 3, 4]
+    assert _episodes(tmp_path / "killed") == _episodes(tmp_path / "through"), "with seeds the engine must say the same again"
+    assert len({attempt["text"] for episode in _episodes(tmp_path / "through") for attempt in episode["attempts"]}) > 20
     assert "nothing to do" in _finish(_start(recipe, tmp_path / "killed"))
 
 

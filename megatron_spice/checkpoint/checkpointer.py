@@ -2,7 +2,7 @@
 
 Everything random that training decides derives from its seed and these counters (the corpus order, the game's choices),
 and the model has no dropout, so no generator's state has to be saved. What the engines sample is not repeated by a
-resumed run: they draw from a new seed.
+resumed run, unless `rollout.deterministic` gives each completion its seed: they draw from a new seed.
 """
 
 from __future__ import annotations

@@ -152,6 +152,11 @@ def check_game(config: Config) -> list[str]:
             f"game.attempts={game.attempts} is less than game.group_size={game.group_size}, so no group can be filled; "
             f"give game.attempts={game.group_size} or more"
         )
+    if config.rollout.deterministic and config.rollout.oversample > 1:
+        problems.append(
+            f"rollout.deterministic=true and rollout.oversample={config.rollout.oversample:g}: which passages end first is a matter "
+            "of time, so that no rerun is the same; give rollout.oversample=1 or rollout.deterministic=false"
+        )
     groups = train.passages * (1 if game.fixed_challenger else 2)
     if train.optimizer_steps > groups:
         problems.append(

@@ -130,6 +130,11 @@ class RolloutConfig(Room):
     router: str | None = Field(
         None, description="URL of an sglang-router before rollout.engines: generations go through it, weights to each engine."
     )
+    deterministic: bool = Field(
+        False,
+        description="Engines sample each completion by a seed of its own (from train.seed, iteration and passage), in SGLang's "
+        "deterministic mode: a rerun samples the same. Slower; on a CPU up to rounding, which policy.precision=fp32 makes rare.",
+    )
 
 
 class Fp8Config(Room):

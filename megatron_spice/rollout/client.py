@@ -7,8 +7,8 @@ The server's own answer to a call in the wrong state is often an assertion in it
 memory while it works, resuming what is awake. So the client keeps the state (what sleeps, whether an update is open)
 and refuses such calls itself.
 
-`Sampling.seed` is not sent: SGLang honours it only in its deterministic mode, which needs an accelerator, and there it
-would make the `n` samples of a prompt equal. The engine is seeded as a whole when it starts.
+`Sampling.seed` is sent where the server is in its deterministic mode, the only one in which it samples by it. Elsewhere the
+engine is seeded as a whole when it starts.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class EngineClient:
         control_timeout: seconds any other request may take.
         tensor_parallel_size: the server's; each of its ranks gets the handles of a bucket.
         compare_first_update: let the server compare its parameters, bit by bit, with what the first update sent.
+        sends_seeds: the server samples by the requests' seeds.
         diagnose: what is known about the server when it fails, for error messages.
         generate_url: where generations are asked for, if not at `url`: a router before several servers.
     """
@@ -53,6 +54,7 @@ class EngineClient:
         control_timeout: float = 120.0,
         tensor_parallel_size: int = 1,
         compare_first_update: bool = False,
+        sends_seeds: bool = False,
         diagnose: Callable[[], str] = lambda: "",
         generate_url: str | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class EngineClient:
         self._request_timeout = request_timeout
         self._control_timeout = control_timeout
         self._tensor_parallel_size = tensor_parallel_size
+        self._sends_seeds = sends_seeds
         self._asleep: set[str] = set()
         self._updating = False
         self._compare_update = compare_first_update
@@ -87,6 +90,10 @@ class EngineClient:
         body = {"input_ids": list(prompt_ids), "sampling_params": _parameters(sampling, num_samples), "return_logprob": True}
         self.num_running += 1
         try:
+            if self._sends_seeds and sampling.seed is not None:
+                if num_samples > 1:  # of the `n` samples of one request the server would compute the prompt first by itself
+                    await self._post("/generate", body | {"sampling_params": _parameters(sampling, 1) | {"max_new_tokens": 1}})
+                body |= _each_with_its_seed(prompt_ids, sampling, num_samples)
             answer = await self._post("/generate", body)
         finally:
             self.num_running -= 1
@@ -272,6 +279,16 @@ def _parameters(sampling: Sampling, num_samples: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_new_tokens,
         "stop": list(sampling.stop),
+    }
+
+
+def _each_with_its_seed(prompt_ids: Sequence[int], sampling: Sampling, num_samples: int) -> dict[str, Any]:
+    """A batch instead of `n`, whose samples would all have the one seed of their request, and so be equal."""
+    parameters = _parameters(sampling, 1)
+    seeds = [sampling.seed_of(index) for index in range(num_samples)]
+    return {
+        "input_ids": [list(prompt_ids)] * num_samples,
+        "sampling_params": [parameters | {"sampling_seed": seed} for seed in seeds],
     }
 
 

@@ -80,6 +80,7 @@ def server_settings(
         # Ours waits for /ready and sends weights first; a warm-up would generate from random ones.
         "skip_server_warmup": True,
         "custom_weight_loader": [LOADER],
+        "enable_deterministic_inference": config.deterministic,
         "log_level": "info",
         "log_level_http": "warning",
     }

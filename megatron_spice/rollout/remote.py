@@ -126,7 +126,10 @@ class RemoteEngine:
 
     def _connect(self) -> RemoteClient:
         router = self._config.router and self._config.router.rstrip("/")
-        return RemoteClient(self.url, self._key, request_timeout=self._config.request_timeout, generate_url=router)
+        return RemoteClient(
+            self.url, self._key, request_timeout=self._config.request_timeout, generate_url=router,
+            sends_seeds=self._config.deterministic,
+        )  # fmt: skip
 
     def _recognise(self) -> None:
         """Raises EngineError if this server cannot serve this run; otherwise it is ready for a weight update."""
@@ -142,6 +145,8 @@ class RemoteEngine:
             wrong.append(f"its model_type is {found.family}, policy.model's is {expected.family}")
         elif self._client.has_token(expected.vocab_size) or not self._client.has_token(expected.vocab_size - 1):
             wrong.append(f"its vocabulary is not policy.model's, of {expected.vocab_size}")
+        if self._config.deterministic and not found.samples_by_seeds:
+            wrong.append("rollout.deterministic=true needs it to be started with --enable-deterministic-inference")
         if found.context < expected.context:
             wrong.append(
                 f"its context of {found.context} tokens is less than the {expected.context} of this run: start it with "

@@ -19,6 +19,7 @@ class Identity:
     context: int
     num_ranks: int
     device: str
+    samples_by_seeds: bool
     obstacles: tuple[str, ...]
     """Why weights cannot be broadcast to it; empty if they can."""
 
@@ -46,6 +47,7 @@ class RemoteClient(EngineClient):
                 context=int(models["data"][0]["max_model_len"]),
                 num_ranks=int(info["tp_size"]),
                 device=str(info["device"]),
+                samples_by_seeds=bool(info.get("enable_deterministic_inference")),
                 obstacles=tuple(obstacles),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -7,7 +7,8 @@
 The API key comes in the environment, not among the arguments, which every user of the machine can read. SGLang spawns a
 scheduler (the model) and a detokenizer; spawning imports this module again in each of them, so what has to be true in
 every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins are) is arranged at import,
-before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py` and `cpu_fp8.py`, which only load in here.
+before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py`, `cpu_fp8.py` and `cpu_seeds.py`, which
+only load in here.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def run_scheduler(
         from megatron_spice.rollout import cpu_fp8
 
         cpu_fp8.register()
+    if server_args.enable_deterministic_inference and server_args.device == "cpu":
+        from megatron_spice.rollout import cpu_seeds
+
+        cpu_seeds.register()
     load_file = Path(shm_path_for(port_args.instance_id))
     announcing = _WhenReady(pipe_writer, lambda: load_file.unlink(missing_ok=True))
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, pp_rank, dp_rank, announcing, *rest, **display)
@@ -99,6 +104,10 @@ def main(arguments: dict[str, Any]) -> None:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import kill_process_tree
 
+    if threads and arguments["server"].get("enable_deterministic_inference"):
+        from megatron_spice.rollout import cpu_seeds
+
+        cpu_seeds.allow()
     try:
         server = ServerArgs(api_key=os.environ.pop(KEY_VARIABLE), **arguments["server"])
         launch_server(server, run_scheduler_process_func=run_scheduler)

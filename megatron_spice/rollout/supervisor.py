@@ -99,6 +99,7 @@ class SglangEngine:
             request_timeout=self._config.request_timeout,
             tensor_parallel_size=self._config.tensor_parallel_size,
             compare_first_update=self._config.verify_sync,
+            sends_seeds=self._config.deterministic,
             diagnose=self._diagnosis,
         )
 

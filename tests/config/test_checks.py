@@ -38,6 +38,7 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
             ["policy.pipeline_parallel_size=3"],
             ["policy.pipeline_parallel_size=3", "= 3 does not divide the 2 ranks", "cluster.ranks_per_node=2", "[1, 2]"],
         ),
+        (["rollout.deterministic=true", "rollout.oversample=1.5"], ["rollout.oversample=1.5", "give rollout.oversample=1"]),
         (["policy.optimizer_offload=0.5", "cluster.device=cpu"], ["policy.optimizer_offload=0.5", "give 0"]),
         (["policy.optimizer_offload=1", "policy.precision=fp32"], ["policy.optimizer_offload=1.0", "policy.precision=bf16"]),
         (["policy.tensor_parallel_size=2"], ["policy.tensor_parallel_size=2", "num_attention_heads=9", "[1, 3]"]),
@@ -57,6 +58,10 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
         (["rollout.engines=['http://a:1']", "rollout.engines_per_node=2"], ["rollout.engines_per_node=2", "rollout.engines"]),
         (["rollout.engines=['http://a:1']", "rollout.tensor_parallel_size=2"], ["rollout.tensor_parallel_size=2"]),
         (["rollout.engines=['http://a:1']", "rollout.router=b:2"], ["rollout.router=b:2", "http://HOST:PORT"]),
+        (
+            ["rollout.engines=['http://a:1']", "rollout.router=http://b:2", "rollout.oversample=1.5"],
+            ["rollout.oversample=1.5", "rollout.router=http://b:2", "leave rollout.router out"],
+        ),
         (["rollout.router=http://b:2"], ["rollout.router=http://b:2", "rollout.engines"]),
         (["rollout.tensor_parallel_size=3"], ["rollout.tensor_parallel_size=3", "cluster.ranks_per_node=2"]),
         (["game.attempts=4"], ["game.attempts=4", "game.group_size=8"]),

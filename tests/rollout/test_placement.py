@@ -38,6 +38,11 @@ def test_an_engine_listens_on_loopback_only_and_gets_no_weights_from_disk() -> N
         assert "api_key" not in server  # other users of the machine can read a command line
 
 
+def test_an_engine_samples_by_seeds_only_if_asked() -> None:
+    for asked in (False, True):
+        assert settings("cuda", deterministic=asked)["server"]["enable_deterministic_inference"] is asked
+
+
 def test_engines_of_different_ranks_sample_differently() -> None:
     assert settings("cpu", seed=10)["server"]["random_seed"] == 15
 
