@@ -15,6 +15,7 @@ from megatron_spice.cluster.children import die_with_parent
 from megatron_spice.config.checks import check
 from megatron_spice.config.describe import reference, resolved
 from megatron_spice.config.errors import EXIT_CODE, ConfigError
+from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
 
@@ -92,7 +93,12 @@ def _train(options: argparse.Namespace) -> int:
             f"cluster.ranks_per_node={config.cluster.ranks_per_node}, but torchrun started {per_node} ranks on this node; "
             f"give torchrun --nproc-per-node={config.cluster.ranks_per_node}, or start with slurm/spice.sh"
         )
-    check(config, num_nodes=int(world_size) // per_node)
+    architecture = check(config, num_nodes=int(world_size) // per_node)
+    text, too_much = plan.memory(config, architecture, ParallelLayout.of(config.policy, architecture, int(world_size)))
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+    if too_much:
+        raise ConfigError(too_much, options.recipe)
     # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.
     die_with_parent(os.getppid())
     from megatron_spice.train import train

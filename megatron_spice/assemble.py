@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megatron_spice.checkpoint import store as checkpoints
+from megatron_spice.cluster.free_memory import EngineRoom
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.engine_weights import quantization_config
@@ -28,6 +29,7 @@ from megatron_spice.game.carried import Game, game_from_state, game_state, new_g
 from megatron_spice.game.play import play_passage
 from megatron_spice.game.records import Episode, Generator, Passage
 from megatron_spice.game.verify import Verifier
+from megatron_spice.policy import memory_budget
 from megatron_spice.rollout.buckets import Parcel
 from megatron_spice.rollout.engine import Engine
 from megatron_spice.rollout.broadcast import Sender
@@ -62,6 +64,7 @@ class Run:
     sampler: PassageSampler
     baselines: RoleBaselines | None
     pool: RolloutPool
+    room: EngineRoom
     policy: Policy
     checkpointer: Checkpointer
     probe_ids: list[int]
@@ -145,16 +148,21 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     dist.barrier()
     rate = copy_rate(policy.device)
     pool.start()
+    dist.barrier()
+    room = EngineRoom(topology.device, memory_budget.engine_weights(config, policy.architecture, on_cuda=True))
+    before = room.free()
+    dist.barrier()
     pool.sleep()
     dist.barrier()
+    room.measure(before)
     policy.wake()
 
     log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done)) if topology.is_first else None
     if topology.is_first:
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
-        config, topology, sampler, baselines, pool, policy, checkpointer, tokenizer.encode(PROBE), log, done, PhaseTimer(),
-        rate, saved=done, carried=carried,
+        config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
+        PhaseTimer(), rate, saved=done, carried=carried,
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "

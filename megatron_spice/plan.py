@@ -1,10 +1,11 @@
 """What a recipe would start, said without starting it: settings, ranks and their places, engines, paths.
 
-For now it says where everything goes; what it costs in memory and time is not estimated yet.
+Where everything goes and what it takes of the devices' memory; how long it takes is not estimated yet.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 
 from megatron_spice import machine
@@ -14,9 +15,15 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
+from megatron_spice.policy import memory_budget, memory_verdict
+from megatron_spice.policy.memory_budget import GIB, Device
 from megatron_spice.rollout.placement import remote_engines
 
 RANKS_SHOWN = 64
+ASSUMED_ACCELERATOR = 81559 * 2**20  # what nvidia-smi says of an H100 with 80 GB
+ASSUMED_HOST = 64 * GIB
+INSTRUCTIONS = 1024
+"""Tokens of a prompt besides its passage, at most; assumed, since counting them takes the tokenizer."""
 
 
 def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
@@ -36,9 +43,45 @@ def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
     parts = [f"# Recipe, with every default filled in\n{resolved(config)}", f"# Model\n{model}\n", _paths(config)]
     if layout is not None:
         parts.append(_ranks(config, num_nodes, layout))
+        text, too_much = memory(config, shape, layout)
+        parts.append(text)
+        problems = problems + too_much
     if not check_layout(config, num_nodes):
         parts.append(_engines(config, num_nodes))
     return "\n".join(parts), problems
+
+
+def memory(config: Config, architecture: ModelArchitecture, layout: ParallelLayout) -> tuple[str, list[str]]:
+    """What the recipe takes of this machine's devices as a table, and what is in its way."""
+    made = memory_budget.budget(config, architecture, layout, _device(config), _longest_sequence(config))
+    return memory_verdict.table(made, memory_verdict.warnings(made, config)), memory_verdict.problems(made, config)
+
+
+def _device(config: Config) -> Device:
+    """What parts are to fit in. Plans for GPUs are also made where there are none."""
+    known = machine.memory_gib()
+    host = None if known is None else int(known * GIB)
+    if machine.device(config.cluster.device) == "cpu":
+        shared = machine.shared_memory_gib()
+        return Device(
+            "cpu", host or ASSUMED_HOST, f"this machine's memory{'' if host else ' (not known; 64 GiB are assumed)'}",
+            shared_memory=None if shared is None else int(shared * GIB),
+        )  # fmt: skip
+    found = machine.accelerators()
+    if not found:
+        return Device("cuda", ASSUMED_ACCELERATOR, "an H100 with 80 GB (assumed: this machine has no accelerator)")
+    smallest = min(found, key=lambda accelerator: accelerator.memory_mib)
+    return Device("cuda", smallest.memory_mib * 2**20, smallest.name, host_bytes=host)
+
+
+def _longest_sequence(config: Config) -> int | None:
+    """Tokens of the longest passage that the corpus may have, the instructions around it and a completion; None: unknown."""
+    try:
+        manifest = json.loads((config.corpus.path / "manifest.json").read_text(encoding="utf-8"))
+        passage = int(manifest["options"]["max_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return passage + INSTRUCTIONS + max(config.game.challenger_max_tokens, config.game.reasoner_max_tokens)
 
 
 def launch_environment(config: Config) -> str:

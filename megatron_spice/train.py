@@ -155,16 +155,16 @@ def _hand_over(run: Run, version: int) -> dict[str, float]:
     """Hands the accelerators to the engines, with the policy's weights, and checks that they have arrived.
 
     Each waits for what it needs: the weights' place in the engines for gradients and optimiser state to be gone, the KV
-    cache for the policy's own weights. And all ranks for each other: an engine's memory lies on accelerators of ranks
-    other than its host.
+    cache for the policy's own weights; gone is what the driver shows as free. And all ranks for each other: an engine's memory
+    lies on accelerators of ranks other than its host.
     """
     config, policy, pool = run.config, run.policy, run.pool
-    metrics = policy.sleep(keep_weights=True)
+    metrics = policy.sleep(keep_weights=True) | run.room.wait(WEIGHTS)
     dist.barrier()
     pool.wake([WEIGHTS])
     seconds, num_bytes = sync.push(_buckets(run), policy.rollout_names, pool.crew, str(version))
     ours = policy.score(run.probe_ids) if config.rollout.verify_sync else None
-    metrics |= policy.sleep_weights()
+    metrics |= policy.sleep_weights() | run.room.wait(KV_CACHE)
     dist.barrier()
     pool.wake([KV_CACHE])
     difference = None

@@ -82,6 +82,24 @@ def test_a_plan_shows_every_rank_once(tmp_path):
     assert "tensor 1 x context 2 x data 2 x pipeline 2" in done.stdout
 
 
+def test_a_plan_says_what_memory_it_takes_and_refuses_what_cannot_fit(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    done = run("plan", QUICKSTART, f"policy.model={model}")
+    table = done.stdout.partition("# Memory in GiB")[2].partition("\n\n")[0]
+    assert all(name in table for name in ("weights", "gradients", "optimiser state", "activations (estimate)", "together"))
+    assert "training   syncing   rollout" in table
+
+    large = {**MODEL, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    (model / "config.json").write_text(json.dumps(large))
+    settings = [f"policy.model={model}", "cluster.device=cuda"]
+    done = run("plan", QUICKSTART, *settings)
+    assert done.returncode == 2
+    assert "training takes" in done.stderr and "policy.tensor_parallel_size" in done.stderr
+    assert "rollout.memory_fraction=0.6 of the" in done.stderr and "its weights alone take" in done.stderr
+
+
 def test_config_prints_a_recipe_that_loads_again(tmp_path):
     done = run("config", QUICKSTART, "train.iterations=3")
     assert done.returncode == 0

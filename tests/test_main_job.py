@@ -399,6 +399,7 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
         [line] = [line for line in output.splitlines() if "engine(s), ready after" in line]
         assert "TP=2+SP PP=1 DP=1; fp8; Adam by torch," in line
         assert "; sleep: gradients, optimizer state and weights (copies in host memory);" in line
+        assert output.count("# Memory in GiB") == 1, "the first rank prints the budget"
         _assert_audit(output)
 
     metrics = _metrics(run)
@@ -408,6 +409,7 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
         # 16 bits a weight there; here 32 each for its gradient, its master and the master's two moments
         assert line["memory/slept_gib"] > 7 * line["memory/slept_weights_gib"]
         assert line["memory/wake_seconds"] > 0
+        assert min(line[f"memory/free_for_{who}_gib"] for who in ("weights", "kv_cache", "policy")) > 0
         assert line["policy/prefix_saving"] > 1.5, "groups of two share their prompts"
     first, second, third = (line["policy/kl"] for line in metrics)
     assert first == 0.0 and second > 1e-7 and third > 1e-7

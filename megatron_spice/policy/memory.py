@@ -2,7 +2,7 @@
 
 Sleeping takes the storages away from under the tensors (`shelf.py`), so nothing has to be rebuilt, and the code is the
 same on every device. What torch then holds of freed memory goes back to the driver, and sleeping ends when the driver
-shows it as free.
+shows it as free. Waking begins when the driver shows as much as it takes (`cluster/free_memory.py`).
 
     gradients   Megatron's float32 gradient buffers: nothing to copy, they start from zero
     all         besides them the optimiser's state (float32 weights and moments) and, after the sync, the weights
@@ -14,6 +14,7 @@ allocates parameters and gradients together, and it refuses expandable segments.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_spice.cluster import host_memory
+from megatron_spice.cluster import free_memory, host_memory
 from megatron_spice.policy.optimizer import parts_of
 from megatron_spice.policy.shelf import Shelf
 
@@ -81,9 +82,14 @@ class Sleeper:
         return self._given_up("slept_weights", "sleep_weights", self._give_up_weights)
 
     def wake(self) -> dict[str, float]:
-        """Takes everything back that sleeps. Gradients are zero afterwards."""
+        """Takes everything back that sleeps, on CUDA as soon as there is room. Gradients are zero afterwards.
+
+        Raises:
+            NotFree: there is none, although the engines should sleep.
+        """
         assert not self.awake, "the policy is already awake"
         start = time.perf_counter()
+        free = self._wait_for_room()
         self._weights.take_back()
         self._state.take_back()
         for buffer in self._buffers():
@@ -92,7 +98,17 @@ class Sleeper:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.awake = self.weights_awake = True
-        return {"memory/wake_seconds": time.perf_counter() - start}
+        return {"memory/free_for_policy_gib": free / GIB, "memory/wake_seconds": time.perf_counter() - start}
+
+    def _wait_for_room(self) -> int:
+        """Bytes that are free for what sleeps, once it fits."""
+        if self.device.type == "cpu":
+            return free_memory.free_on_host()
+        gradients = sum(buffer.numel * buffer.grad_data.element_size() for buffer in self._buffers())
+        needed = self._weights.num_bytes + self._state.num_bytes + gradients
+        what = "the policy wakes, and engines that sleep hold memory or something else does (nvidia-smi shows what)"
+        free_memory.wait_until_free(needed, free_memory.free_for_torch, free_memory.TIMEOUT, what)
+        return free_memory.free_for_torch()
 
     def _give_up_training_state(self) -> int:
         given_up = 0
@@ -151,13 +167,10 @@ def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
 def _released(give_up: Callable[[], int]) -> int:
     """Runs `give_up` and hands what torch has cached back to the driver. Returns the bytes by which the device's free
     memory grew, after waiting for as many as torch let go of."""
-    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    free, reserved = free_memory.free_on_device(), torch.cuda.memory_reserved()
     give_up()
-    torch.cuda.synchronize()
-    torch.cuda.ipc_collect()  # blocks that engines have had in hand
-    torch.cuda.empty_cache()
+    free_memory.give_back_unused()
     expected = free + reserved - torch.cuda.memory_reserved()
-    end = time.monotonic() + RELEASE_TIMEOUT
-    while (now := torch.cuda.mem_get_info()[0]) < expected and time.monotonic() < end:
-        time.sleep(0.01)
-    return now - free
+    with contextlib.suppress(free_memory.NotFree):  # whoever needs it waits for it again
+        free_memory.wait_until_free(expected, free_memory.free_on_device, RELEASE_TIMEOUT, "the policy sleeps")
+    return free_memory.free_on_device() - free

@@ -20,6 +20,11 @@ class Shelf:
         self._host = torch.empty(0, dtype=torch.uint8)
         self._sizes: list[tuple[torch.UntypedStorage, int]] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """What lies on it, which `take_back` needs on the device."""
+        return sum(size for _, size in self._sizes)
+
     def put(self, tensors: Iterable[torch.Tensor]) -> int:
         """Copies the storages under `tensors` that are on the device, each once, and empties them. Returns their bytes."""
         assert not self._sizes, "the shelf is full"

@@ -4,6 +4,9 @@ A server can hang in ways that no connection shows: its scheduler is stopped or 
 answers as ever. But a scheduler that works uses processor time, on a CPU for the arithmetic and on an accelerator for
 polling. (One that spins on a hung kernel is for SGLang's own watchdog, which ends it.)
 
+A scheduler that has ended is another matter: SGLang, told of it by its last signal, waits some seconds for an accelerator to
+settle before it ends the rest. What is known at once need not be waited for.
+
 Time is counted in looks, each of a second at most: a machine that was suspended, trainer and all, owes nothing.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LOOK = 1.0  # seconds
@@ -29,6 +33,12 @@ class Pulse:
         self._ticks: int | None = None
         self._waited = 0.0
         self._looked = time.monotonic()
+        self._schedulers: set[int] = set()
+
+    def ended(self) -> int | None:
+        """The process id of a scheduler that was there and has ended, None if there is none."""
+        self._schedulers |= scheduler_ids(self._group)
+        return next((process for process in sorted(self._schedulers) if not _runs(process)), None)
 
     def is_hung(self, has_work: bool) -> bool:
         """To be asked every second or more often."""
@@ -44,13 +54,40 @@ class Pulse:
 def scheduler_ticks(group: int) -> int:
     """Processor time used by a process group's schedulers, in clock ticks; by all of it where none bears the name."""
     own, everyone = 0, 0
+    for stat, fields in _members(group):
+        ticks = int(fields[11]) + int(fields[12])
+        everyone += ticks
+        own += ticks if _is_scheduler(stat) else 0
+    return own or everyone
+
+
+def scheduler_ids(group: int) -> set[int]:
+    """Process ids of a process group's schedulers, which are its leader's own children: what a scheduler starts bears its name
+    as well, for a moment. One that has ended bears no name any more."""
+    return {int(stat.parent.name) for stat, fields in _members(group) if int(fields[1]) == group and _is_scheduler(stat)}
+
+
+def _members(group: int) -> Iterator[tuple[Path, list[str]]]:
+    """The `stat` files of a process group's members, and what stands in them from the state on."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            # "pid (name) state ppid pgrp ... utime stime": the name may hold spaces and brackets
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                ticks = int(fields[11]) + int(fields[12])
-                everyone += ticks
-                if b"scheduler" in (stat.parent / "cmdline").read_bytes():
-                    own += ticks
-    return own or everyone
+            if int((fields := _fields(stat))[2]) == group:
+                yield stat, fields
+
+
+def _fields(stat: Path) -> list[str]:
+    # "pid (name) state ppid pgrp ... utime stime": the name may hold spaces and brackets
+    return stat.read_text().rpartition(")")[2].split()
+
+
+def _is_scheduler(stat: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return b"scheduler" in (stat.parent / "cmdline").read_bytes()
+    return False
+
+
+def _runs(process: int) -> bool:
+    try:
+        return _fields(Path(f"/proc/{process}/stat"))[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

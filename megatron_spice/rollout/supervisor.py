@@ -112,11 +112,13 @@ class SglangEngine:
         self._running().wait_ready(self._config.start_timeout, self.check)
 
     def check(self) -> None:
-        """Raises EngineError with the end of the log if the server is not running, or hangs."""
+        """Raises EngineError with the end of the log if the server or its scheduler is not running, or hangs."""
         if self._child is None or self._client is None or self._pulse is None:
             raise EngineError("the engine was not launched")
         if self._child.exit_code() is not None:
             raise EngineError(self._diagnosis())
+        if (ended := self._pulse.ended()) is not None:
+            raise EngineError(f"engine {self._client.url}: its scheduler (process {ended}) has ended\n{self._diagnosis()}")
         if self._pulse.is_hung(has_work=self._client.num_running > 0):
             raise EngineError(
                 f"engine {self._client.url} hangs: it has {self._client.num_running} requests and used no processor time for "

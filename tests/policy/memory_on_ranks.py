@@ -114,6 +114,33 @@ def use_while_asleep(here: Any, model: Path, trajectories: list[Any], **policy: 
     return said
 
 
+def wait_for_room(here: Any, readings: list[int]) -> tuple[int, list[int], str]:
+    """Has a sleeper of 100 bytes wait for them as on a device whose driver says `readings`, the last one it needed once more.
+    Returns what was free then, readings that were not asked for, and what is said when there is never enough."""
+    from megatron_spice.cluster import free_memory
+    from megatron_spice.policy.memory import Sleeper
+
+    sleeper = Sleeper([], None, torch.device("cpu"), "all")
+    sleeper._weights.put([torch.zeros(20)])
+    sleeper._state.put([torch.zeros(5)])
+    sleeper.device = torch.device("cuda")
+    said: list[int] = []
+
+    def read() -> int:
+        if not said or said[-1] < 100:
+            said.append(readings.pop(0))
+        return said[-1]
+
+    free_memory.free_for_torch = read
+    free = sleeper._wait_for_room()
+    free_memory.free_for_torch, free_memory.TIMEOUT = lambda: 99, 0.03
+    try:
+        sleeper._wait_for_room()
+    except free_memory.NotFree as error:
+        return free, readings, str(error)
+    return free, readings, ""
+
+
 class HostAsDevice(torch.overrides.TorchFunctionMode):
     """Lets Megatron's hybrid optimiser run without a GPU: it tells its two halves apart by `is_cuda`. Here every tensor is
     on the GPU until it is pinned, and so is what is made from a pinned one. For the optimiser's methods only: attention asks

@@ -61,6 +61,7 @@ def test_all_of_it_is_gone_while_asleep(results, precision):
             assert metrics["memory/slept_gib"] * GIB == awake["gradients"] + awake["state"]
             assert metrics["memory/slept_weights_gib"] * GIB == awake["weights"]
             assert {"memory/sleep_seconds", "memory/sleep_weights_seconds", "memory/wake_seconds"} <= metrics.keys()
+            assert metrics["memory/free_for_policy_gib"] > 0
 
 
 @pytest.mark.parametrize("layout", [
@@ -84,6 +85,13 @@ def test_what_sleeps_is_not_used(model):
     job = {"model": model, "trajectories": some_trajectories()}
     [said] = run_ranks(1, ON_RANKS, "in_turn", [("use_while_asleep", job)])[0]
     assert len(said) == 3 and all("asleep" in words or "sleeping" in words for words in said)
+
+
+def test_on_a_device_waking_waits_for_all_that_sleeps():
+    """80 bytes of weights and 20 of optimiser state: 60 free bytes are not enough, 99 neither, 100 are."""
+    [(free, left, error)] = run_ranks(1, ON_RANKS, "in_turn", [("wait_for_room", {"readings": [60, 99, 100, 7]})])[0]
+    assert free == 100 and left == [7]
+    assert "the policy wakes" in error
 
 
 def test_host_copies_are_made_once_and_views_stay_valid():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_spice.rollout.pulse import Pulse, scheduler_ticks
+from megatron_spice.rollout.pulse import Pulse, scheduler_ids, scheduler_ticks
 
 BUSY = "import time\nwhile True: sum(range(10000)); time.sleep(0.001)"
 
@@ -47,3 +48,37 @@ def test_time_in_which_nobody_looked_does_not_count(worker: subprocess.Popen) ->
     pulse.is_hung(True)
     time.sleep(2.5)
     assert not pulse.is_hung(True)
+
+
+FOUNDER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "scheduler"])
+print(worker.pid, flush=True)
+sys.stdin.readline()
+worker.wait()
+print("waited", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_scheduler_that_has_ended_is_known_at_once() -> None:
+    """A zombie, before its parent has asked for it, as well as one that is gone."""
+    leader = subprocess.Popen(
+        [sys.executable, "-c", FOUNDER], start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert leader.stdin is not None and leader.stdout is not None
+        worker = int(leader.stdout.readline())
+        pulse, deadline = Pulse(leader.pid, patience=5.0), time.monotonic() + 5
+        while worker not in scheduler_ids(leader.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert pulse.ended() is None
+        os.kill(worker, signal.SIGKILL)
+        while pulse.ended() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert pulse.ended() == worker
+        print(file=leader.stdin, flush=True)
+        assert leader.stdout.readline() == "waited\n" and pulse.ended() == worker
+    finally:
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.communicate()

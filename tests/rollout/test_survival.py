@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +24,7 @@ from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.game.carried import Game, new_games
 from megatron_spice.game.records import Attempt, Episode, Passage, Sampling
 from megatron_spice.rollout.engine import Engine, EnginesLost
-from megatron_spice.rollout.pool import RolloutPool
+from megatron_spice.rollout.pool import Play, RolloutPool
 from megatron_spice.rollout.supervisor import SCRATCH, SglangEngine
 from tests.rollout.processes import processes, shared_memory
 
@@ -39,7 +43,7 @@ def games(count: int) -> list[Game]:
 class Match:
     """A pool with one engine that has its weights from disk, so that a new one needs no sync."""
 
-    def __init__(self, model: Path, log: Path, max_restarts: int = 3) -> None:
+    def __init__(self, model: Path, log: Path, max_restarts: int = 3, play: Play = play) -> None:
         config = RolloutConfig(threads=1, max_total_tokens=4096, max_running_requests=32, hang_timeout=HANG)
         self.engine = SglangEngine(config, Topology(), "fp32", model, log, load_format="auto")
         self.pool = RolloutPool(
@@ -85,7 +89,7 @@ def scratch_folders() -> set[Path]:
 
 
 @contextmanager
-def match(model: Path, tmp_path: Path, **settings: int) -> Iterator[Match]:
+def match(model: Path, tmp_path: Path, **settings: Any) -> Iterator[Match]:
     """Afterwards there are no processes, no shared memory, no scratch folder and no open file of any server it had."""
     files, folders = len(os.listdir("/proc/self/fd")), scratch_folders()
     made = Match(model, tmp_path / "engine.log", **settings)
@@ -178,3 +182,44 @@ def test_a_port_that_is_taken_is_a_lost_engine_and_the_next_one_has_others(
         monkeypatch.setattr(supervisor, "ReservedPort", Taken)
         rounds, said, _ = game.play(1, 60, lambda leader: os.kill(leader, signal.SIGKILL))
         assert rounds == 2 and len(said) == 1 and game.pool.crew.restarts == 2
+
+
+STARVED = threading.Event()
+
+
+async def play_growing(passage: Passage, iteration: int, slot: int, engine: Engine) -> Episode:
+    """The first passages fit memory that a server has from its start. Those after them do not, and wait for it to be cut."""
+    while slot >= 10 and not STARVED.is_set():
+        await asyncio.sleep(0.02)
+    prompt = [40 + slot, 41] if slot < 10 else [40 + slot] * 400
+    [completion] = await engine.generate(prompt, 1, Sampling(1.0, 50))
+    return Episode(iteration, slot, passage, "chat", "MCQ", (Attempt(completion, None, None),))
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny one with an MLP so wide that a prompt of 400 tokens takes 52 MB at a time: the C library asks the kernel for
+    32 MiB or more anew each time, whatever it has at hand."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "hf"
+    shutil.copytree(tiny_model, folder)
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.intermediate_size = 2**14
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_server_that_is_out_of_memory_is_noticed_in_seconds(wide_model: Path, tmp_path: Path) -> None:
+    """From one moment on its scheduler gets no more memory than it has."""
+
+    def starve(leader: int) -> None:
+        resource.prlimit(scheduler(leader), resource.RLIMIT_AS, (2**20, 2**20))
+        STARVED.set()
+
+    STARVED.clear()
+    with match(wide_model, tmp_path, play=play_growing) as game:
+        rounds, said, seconds = game.play(1, 30, starve)
+        assert rounds == 2 and len(said) == 1 and "has ended" in said[0], said
+        assert seconds < 0.7 + 5
+        assert "can't allocate memory" in (tmp_path / "engine.log").read_text()
