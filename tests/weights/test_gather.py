@@ -48,7 +48,7 @@ def test_every_rank_gets_every_tensor(results, name):
         assert found["wrong"] == []
         assert {tensor for bucket in found["order"] for tensor in bucket} == rank["all"]
         assert found["order"] == ranks[0]["everyone"]["order"]
-        assert len(found["order"]) > 4, "everything in one bucket tests no order"
+        assert len(found["order"]) > 3, "everything in one bucket tests no order"
 
 
 @pytest.mark.parametrize("case", range(len(HOSTS)))
