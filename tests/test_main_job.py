@@ -235,7 +235,7 @@ def test_a_run_with_engines_that_run_already(recipe, tmp_path, monkeypatch):
             assert len(server.score([1, 2, 3])) == 2
     finally:
         for server in servers:
-            server.kill()
+            server.close()
 
 
 def test_tensor_parallel_ranks_feed_a_tensor_parallel_engine(recipe, tmp_path):

@@ -157,7 +157,7 @@ def test_one_that_dies_in_a_sync_is_noticed_and_taken_back(
     try:
         new = changed(model, 3)
         began = time.monotonic()
-        update(crew, new, "3", lambda: os.killpg(leader, signal.SIGKILL))
+        update(crew, new, "3", lambda: os.kill(leader, signal.SIGKILL))
         assert time.monotonic() - began < 15
         assert crew.working == [first] and second.url in crew.last_words()[0]
         assert_same(first, new)  # the other one misses nothing
