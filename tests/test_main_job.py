@@ -412,7 +412,7 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
         assert min(line[f"memory/free_for_{who}_gib"] for who in ("weights", "kv_cache", "policy")) > 0
         assert line["policy/prefix_saving"] > 1.5, "groups of two share their prompts"
     first, second, third = (line["policy/kl"] for line in metrics)
-    assert first == 0.0 and second > 1e-7 and third > 1e-7
+    assert first == 0.0 and second > 1e-9 and third > 1e-9, "how far a step goes depends on what was sampled"
 
     baselines: dict[str, float] = {}
     for number, line in enumerate(metrics, start=1):

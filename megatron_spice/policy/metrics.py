@@ -47,7 +47,7 @@ class UpdateMetrics:
 
     def summary(self) -> dict[str, float]:
         """Metrics over all ranks, the same on each. Keys: `policy/...` and `drift/...` (|policy - engine| log-prob, of
-        the tokens trained on, p99 to a bin of 0.002). A few numbers a rank travel, never the tokens.
+        the tokens trained on, of all and by role, p99 to a bin of 0.002). A few numbers a rank travel, never the tokens.
 
         Tokens that were sampled under older weights (`policy/stale_token_share`) have no part in the drift: the policy has moved
         since, which is no error of the engine's.
@@ -57,21 +57,22 @@ class UpdateMetrics:
         if place.tensor_rank > 0:
             results = []  # tensor-parallel ranks hold the same values: one of them reports
         sums = {name: torch.zeros((), dtype=torch.float64) for name in SUMS}
-        histogram, peak = torch.zeros(BINS, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        histograms = torch.zeros(len(ROLES), BINS, dtype=torch.float64)
+        peak = torch.zeros((), dtype=torch.float64)
         for result in results:
-            _add(result, sums, histogram)
+            _add(result, sums, histograms)
             drift = result["drift"][~result["is_stale"]]
             peak = torch.maximum(peak, drift.max().double().cpu()) if drift.numel() else peak
         if place.is_last_stage and place.tensor_rank == place.context_rank == 0:
             sums["computed"] += sum(map(num_tokens, self.rows))
             sums["unshared"] += sum(map(num_unshared_tokens, self.rows))
-        flat = torch.cat([torch.stack(list(sums.values())), histogram])
+        flat = torch.cat([torch.stack(list(sums.values())), histograms.flatten()])
         dist.all_reduce(flat)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        totals, histogram = dict(zip(SUMS, flat.tolist())), flat[len(SUMS) :]
-        return self._named(totals, histogram, peak.item())
+        totals, histograms = dict(zip(SUMS, flat.tolist())), flat[len(SUMS) :].view_as(histograms)
+        return self._named(totals, histograms, peak.item())
 
-    def _named(self, totals: dict[str, float], histogram: torch.Tensor, peak: float) -> dict[str, float]:
+    def _named(self, totals: dict[str, float], histograms: torch.Tensor, peak: float) -> dict[str, float]:
         metrics = {
             "policy/trajectories": float(self.num_trajectories),
             "policy/optimizer_steps": float(len(self.steps)),
@@ -89,24 +90,28 @@ class UpdateMetrics:
                 "policy/stale_token_share": 1.0 - totals["fresh"] / count,
             }
         if fresh := totals["fresh"]:
-            rank = int(torch.searchsorted(histogram.cumsum(0), 0.99 * fresh))
             metrics |= {
                 "drift/mean": totals["drift"] / fresh,
-                "drift/p99": min((rank + 1) * BIN, peak),
+                "drift/p99": min(_p99(histograms.sum(0)), peak),
                 "drift/max": peak,
             }
-            for role in ROLES:
+            for role, histogram in zip(ROLES, histograms):
                 tokens = totals["challenger_fresh"] if role == "challenger" else fresh - totals["challenger_fresh"]
                 drift = totals["challenger_drift"] if role == "challenger" else totals["drift"] - totals["challenger_drift"]
                 if tokens:
-                    metrics[f"drift/{role}"] = drift / tokens
+                    metrics |= {f"drift/{role}": drift / tokens, f"drift/{role}_p99": min(_p99(histogram), peak)}
         if totals["kl_count"]:
             metrics["policy/kl"] = totals["kl"] / totals["kl_count"]
         return metrics
 
 
-def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histogram: torch.Tensor) -> None:
-    """Adds one row's tensors to the sums and its drift to the histogram, whose last bin is open."""
+def _p99(histogram: torch.Tensor) -> float:
+    """The upper edge of the bin that 99 of 100 are in or below."""
+    return (int(torch.searchsorted(histogram.cumsum(0), 0.99 * histogram.sum())) + 1) * BIN
+
+
+def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histograms: torch.Tensor) -> None:
+    """Adds one row's tensors to the sums and its drift to its role's histogram, whose last bin is open."""
     fresh = ~result["is_stale"]
     drift, challenger = result["drift"][fresh].double().cpu(), result["is_challenger"][fresh].cpu()
     sums["loss"] += result["loss"].double().cpu()
@@ -121,4 +126,6 @@ def _add(result: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], histogr
     if "kl" in result:
         sums["kl"] += result["kl"].double().sum().cpu()
         sums["kl_count"] += result["kl"].numel()
-    histogram += torch.bincount((drift / BIN).long().clamp(max=BINS - 1), minlength=BINS)
+    bins = (drift / BIN).long().clamp(max=BINS - 1)
+    for histogram, its in zip(histograms, (challenger, ~challenger)):
+        histogram += torch.bincount(bins[its], minlength=BINS)
