@@ -21,6 +21,7 @@ from megatron_spice.cluster.ports import LOOPBACK, ReservedPort
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import Precision, RolloutConfig
 from megatron_spice.game.records import Completion, Sampling
+from megatron_spice.rollout import leftovers
 from megatron_spice.rollout.client import EngineClient
 from megatron_spice.rollout.engine import MEMORY, EngineError
 from megatron_spice.rollout.placement import server_settings
@@ -69,6 +70,7 @@ class SglangEngine:
         self._child: Child | None = None
         self._ports: list[ReservedPort] = []
         self._scratch: str | None = None
+        self._named_memory: set[Path] = set()
         self._client: EngineClient | None = None
         self._pulse: Pulse | None = None
 
@@ -110,6 +112,7 @@ class SglangEngine:
             EngineError: it died, or `rollout.start_timeout` passed; with the end of its log.
         """
         self._running().wait_ready(self._config.start_timeout, self.check)
+        self._named_memory = leftovers.named_memory(self._child.pid)
 
     def check(self) -> None:
         """Raises EngineError with the end of the log if the server or its scheduler is not running, or hangs."""
@@ -133,6 +136,7 @@ class SglangEngine:
     def kill(self) -> None:
         """See `Engine.kill`: no time to end in good order, of which a stopped process would use all."""
         if self._child is not None:
+            self._named_memory |= leftovers.named_memory(self._child.pid)
             self._child.stop(grace=0.0)
         self.close()
 
@@ -140,6 +144,8 @@ class SglangEngine:
         """Ends the server and all it started and removes its scratch files; the log stays. May be called twice."""
         if self._child is not None:
             self._child.stop()
+            leftovers.remove(self._named_memory)
+            self._named_memory = set()
         for port in self._ports:
             port.release()
         if self._scratch is not None:
