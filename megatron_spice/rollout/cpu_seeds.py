@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 
 _LOW = 0xFFFFFFFF
+HASH = "murmur_hash32_cpu"
+OPERATORS = torch.library.Library("sgl_kernel", "FRAGMENT")  # what is defined in it lasts as long as this
 
 
 def allow() -> None:
@@ -32,8 +34,8 @@ def register() -> None:
 
     target = "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
     HookRegistry.register(target, lambda runner: None, HookType.REPLACE)
-    torch.library.define("sgl_kernel::murmur_hash32_cpu", "(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
-    torch.library.impl("sgl_kernel::murmur_hash32_cpu", "CPU", murmur_hash32)
+    OPERATORS.define(f"{HASH}(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
+    OPERATORS.impl(HASH, murmur_hash32, "CPU")
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
