@@ -45,7 +45,7 @@ def test_drift_is_of_fresh_tokens_and_importance_of_all():
     assert tensors["capped"].tolist() == [1.0, 0.0]
     assert logprobs.grad.tolist() == pytest.approx([-0.25 * 2.0, -0.25 * math.exp(-0.5)])
     sums = {name: torch.zeros((), dtype=torch.float64) for name in SUMS}
-    _add({**tensors, "loss": loss.detach()}, sums, torch.zeros(BINS, dtype=torch.float64))
+    _add({**tensors, "loss": loss.detach()}, sums, torch.zeros(2, BINS, dtype=torch.float64))
     assert (sums["drift"], sums["fresh"], sums["count"]) == (0.5, 1, 2)
 
 
