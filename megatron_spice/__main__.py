@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megatron_spice import doctor, plan
 from megatron_spice.cluster.children import die_with_parent
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="say what this machine has, and what is missing for which recipe")
     command.add_argument("--json", action="store_true", help="as JSON, for scripts")
     command.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+
+    command = commands.add_parser("watch", help="a run on one screen, while it goes on")
+    command.add_argument("run_dir", type=Path, help="the recipe's run.dir")
+    command.add_argument("--once", action="store_true", help="print the screen once")
+    command.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    command.set_defaults(run=_watch)
     return parser
 
 
@@ -120,6 +127,13 @@ def _launch_env(options: argparse.Namespace) -> int:
     config = _load(options)
     check(config, options.nodes)
     print(plan.launch_environment(config))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from megatron_spice.watch import watch
+
+    watch(options.run_dir, options.once, options.interval)
     return 0
 
 

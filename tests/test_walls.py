@@ -29,6 +29,7 @@ FLOORS = {
     "doctor": 6,
     "plan": 6,
     "assemble": 6,
+    "watch": 6,
     "train": 7,
     "__init__": 6,
     "__main__": 8,

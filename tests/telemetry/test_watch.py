@@ -1,0 +1,108 @@
+"""The live view, drawn from files as a run leaves them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.telemetry.dashboard import BARS, Look, draw, sparkline
+from megatron_spice.telemetry.follow import Follower, last_record
+from megatron_spice.telemetry.json_lines import JsonLines
+from megatron_spice.watch import watch
+
+METRICS = Path(__file__).parents[2] / "docs/results/quickstart-50/metrics.jsonl"
+
+
+def line(iteration: int, **metrics: object) -> str:
+    return json.dumps({"iteration": iteration, "time": time.time(), **metrics}) + "\n"
+
+
+def screen(look: Look, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))
+    console.print(draw(look))
+    return console.export_text()
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 5)), min_size=1, max_size=8), st.booleans())
+def test_a_follower_sees_what_a_reader_of_the_whole_file_sees(tmp_path_factory: pytest.TempPathFactory, attempts, torn: bool):
+    """A run is resumed again and again, each time from an earlier iteration; the follower looks in between, or does not."""
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    follower, newest = Follower(path), 0
+    for attempt, (resumed_from, count) in enumerate(attempts):
+        resumed_from = min(resumed_from, newest)
+        log = JsonLines(path, resumed_from)
+        newest = resumed_from + count
+        log.write([{"iteration": number, "attempt": attempt, "pad": "x" * attempt} for number in range(resumed_from + 1, newest + 1)])
+        log.close()
+        if torn:
+            with open(path, "a") as file:
+                file.write('{"iteration": 9')
+        if attempt % 2:
+            follower.read()
+    whole = [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]
+    assert [record["iteration"] for record in follower.read()] == [record["iteration"] for record in whole]
+    assert [record["attempt"] for record in follower.read()] == [record["attempt"] for record in whole]
+
+
+def test_the_last_whole_record_of_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    assert last_record(path) is None
+    path.write_text("".join(line(number, text="y" * 3000) for number in range(1000)) + '{"torn')
+    assert last_record(path)["iteration"] == 999
+
+
+@given(st.lists(st.one_of(st.none(), st.floats()), max_size=30))
+def test_a_curve_has_one_character_a_value(values: list[float | None]) -> None:
+    curve = sparkline(values)
+    assert len(curve) == len(values)
+    assert set(curve) <= {" ", *BARS}
+
+
+def test_a_curve_within_limits() -> None:
+    assert sparkline([0.0, 0.5, 1.0, None, 7.0], (0.0, 1.0)) == BARS[0] + BARS[4] + BARS[7] + " " + BARS[7]
+
+
+def test_a_real_run_on_one_screen() -> None:
+    records = [json.loads(text) for text in METRICS.read_text().splitlines()]
+    text = screen(Look("runs/x", records, records[-1]["time"] + 5, total=60, drift_alarm=0.001))
+    assert "iteration 50 of 60" in text and "5 s ago" in text and "left" in text
+    for word in ("pass rate", "tokens/s", "play", "train", "sync", "engines", "passages again"):
+        assert word in text
+    assert "!" in next(row for row in text.splitlines() if "drift" in row)
+
+
+def test_hostile_texts_stay_text() -> None:
+    task = {"question": "[red]who?\x1b[2J\x07\n", "gold_answer": "[/]"}
+    episode = {"iteration": 1, "passage": {"text": "a\rb"}, "attempts": [{"task": task, "is_reasoner_task": True, "answers": []}]}
+    text = screen(Look("[bold]run", [{"iteration": 1}], 0.0, episode=episode))
+    assert "[red]who?" in text and "[/]" in text and "[bold]run" in text
+    assert "\x1b" not in text and "\x07" not in text and "\r" not in text
+
+
+def test_the_command_prints_once_into_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line(3, **{"reasoner/pass_rate": 0.5}))
+    (tmp_path / "recipe.yaml").write_text("train: {iterations: 4}\n")
+    command = [sys.executable, "-m", "megatron_spice", "watch", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
+    assert result.returncode == 0 and "iteration 3 of 4" in result.stdout
+
+
+def test_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        watch(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(ConfigError, match="not the metrics of a run"):
+        watch(tmp_path, once=True)
+    (tmp_path / "metrics.jsonl").write_text("")
+    watch(tmp_path, once=True, console=(console := Console(record=True, file=open(os.devnull, "w"))))
+    assert "no iteration is finished yet" in console.export_text()
