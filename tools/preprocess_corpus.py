@@ -89,7 +89,7 @@ def already_there(
             f"{output} is a corpus made with different {' and '.join(different)} "
             f"(by: {shlex.join(manifest.command)}); delete it or give another --output"
         )
-    manifest.check_sizes(output)
+    manifest.check_files(output)
     print(f"{output} is already there: {manifest.passages:,} passages of {manifest.documents:,} documents")
     return 0
 
@@ -97,7 +97,7 @@ def already_there(
 def summary(manifest: Manifest, output: Path, text_bytes: int, seconds: float) -> str:
     lines = [
         f"{output}: {manifest.passages:,} passages of {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-        f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)} of {manifest.dtype}; "
+        f"{manifest.shards} shard{'s' * (manifest.shards != 1)} of {manifest.dtype}; "
         f"{text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s"
     ]
     if manifest.skipped:

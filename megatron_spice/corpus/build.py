@@ -6,6 +6,7 @@ of it. Reading, encoding (on all cores, inside the tokenizer) and writing go blo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections import Counter
@@ -15,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_spice.corpus.combine import MOST_SOURCES, Piece, combine
 from megatron_spice.corpus.inputs import InputFile
-from megatron_spice.corpus.manifest import PASSAGES_NAME, Manifest
-from megatron_spice.corpus.passages import PassageWriter
+from megatron_spice.corpus.manifest import PASSAGES_NAME, SHARDS_NAME, Manifest
+from megatron_spice.corpus.passages import PASSAGE_DTYPE, PassageWriter, passage_checksums
 from megatron_spice.corpus.readers import open_input, read_documents
 from megatron_spice.corpus.segment import cut
+from megatron_spice.corpus.shard_table import SHARD_DTYPE, shard_prefix, write_shards
 from megatron_spice.corpus.shards import ShardWriter, ids_dtype
 from megatron_spice.corpus.tokenizer import TextTokenizer
 
 BLOCK_BYTES = 4 << 20
 BLOCK_DOCUMENTS = 4096
-MOST_SOURCES = 1 << 16
 
 
 class BadInput(ValueError):
@@ -84,19 +86,22 @@ def build_corpus(
         raise BadInput(f"{output} is not empty; delete it or give another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    part, whole = partial / "part_00000", partial / "corpus"
+    for folder in (partial, part, whole):
+        folder.mkdir()
     progress = BuildProgress()
     try:
         identities = [file.identity() for file in inputs]
-        with _CorpusWriter(partial, tokenizer, options, progress) as writer:
+        with _PartWriter(part, tokenizer, options, progress) as writer:
             for block in _blocks(inputs, progress, on_bad_line, strict):
                 writer.add(block)
                 on_progress(progress)
             if progress.passages == 0:
                 raise BadInput(_why_empty(len(inputs), progress, options))
-            manifest = writer.finish(identities, list(command))
-        manifest.write(partial)
-        os.rename(partial, output)
+            writer.finish(identities, list(command)).write(part)
+        manifest = dataclasses.replace(combine(whole, [Piece.read(part)], adopt=True), command=list(command))
+        manifest.write(whole)
+        os.rename(whole, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -146,20 +151,19 @@ def _blocks(
     yield block
 
 
-class _CorpusWriter:
-    """Shards, passage table and counts of a corpus being made."""
+class _PartWriter:
+    """Shards, tables and counts of a part being made, numbered for themselves."""
 
     def __init__(self, folder: Path, tokenizer: TextTokenizer, options: BuildOptions, progress: BuildProgress):
         self._folder, self._tokenizer, self._options, self._progress = folder, tokenizer, options, progress
         self._dtype = ids_dtype(tokenizer.vocab_size)
         self._table = PassageWriter(folder / PASSAGES_NAME)
         self._shard: ShardWriter | None = None
-        self._shards: list[dict] = []
-        self._files: dict[str, dict] = {}
+        self._shards: list[np.ndarray] = []
         self._sources: dict[str, dict] = {}
         self._source_ids: dict[str, int] = {}
 
-    def __enter__(self) -> _CorpusWriter:
+    def __enter__(self) -> _PartWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -182,14 +186,20 @@ class _CorpusWriter:
             source["tokens"] += len(ids)
             source["passages"] += len(rows)
             shard = self._open_shard(len(ids))
-            document = shard.add(np.array(ids, dtype=np.int32))
-            place = len(self._shards)
-            self._table.add([(place, document, offset, length, self._source_ids[label]) for offset, length in rows])
+            start, array = shard.tokens, np.array(ids, dtype=self._dtype)
+            document = shard.add(array)
+            checksums = passage_checksums(array, *zip(*rows), start) if rows else []
+            table = [
+                (len(self._shards), document, start + offset, length, self._source_ids[label], checksum)
+                for (offset, length), checksum in zip(rows, checksums)
+            ]
+            self._table.add(np.array(table, dtype=PASSAGE_DTYPE))
 
     def finish(self, inputs: list[dict], command: list[str]) -> Manifest:
         """Close all files; the manifest of what they hold."""
         self._close_shard()
-        self._files[PASSAGES_NAME] = self._table.close()
+        shards = np.concatenate([np.empty(0, SHARD_DTYPE), *self._shards])
+        files = {PASSAGES_NAME: self._table.close(), SHARDS_NAME: write_shards(self._folder / SHARDS_NAME, shards)}
         progress = self._progress
         return Manifest(
             tokenizer={"hash": self._tokenizer.vocab_hash, "vocab_size": self._tokenizer.vocab_size},
@@ -199,8 +209,8 @@ class _CorpusWriter:
             passages=progress.passages,
             options=vars(self._options),
             sources=list(self._sources.values()),
-            shards=self._shards,
-            files=self._files,
+            shards=len(shards),
+            files=files,
             inputs=inputs,
             skipped={reason: count for reason, count in progress.skipped.items() if count},
             command=command,
@@ -229,14 +239,12 @@ class _CorpusWriter:
         if self._shard is not None and self._shard.tokens + length > self._options.shard_tokens:
             self._close_shard()
         if self._shard is None:
-            self._shard = ShardWriter(self._folder / f"shard_{len(self._shards):05d}", self._dtype)
+            self._shard = ShardWriter(shard_prefix(self._folder, len(self._shards)), self._dtype)
         return self._shard
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            name = f"shard_{len(self._shards):05d}"
-            self._files.update(self._shard.close())
-            self._shards.append({"name": name, "documents": len(self._shard), "tokens": self._shard.tokens})
+            self._shards.append(self._shard.close().row(len(self._shards)))
             self._shard = None
 
 

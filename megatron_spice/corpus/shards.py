@@ -14,9 +14,12 @@ import hashlib
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from megatron_spice.corpus.shard_table import ShardTotals
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -31,7 +34,11 @@ def ids_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes `prefix`.bin as documents come and `prefix`.idx on `close`; memory grows by 4 bytes a document."""
+    """Writes `prefix`.bin as documents come and `prefix`.idx on `close`; memory grows by 4 bytes a document.
+
+    Attributes:
+        tokens: how many are written, which is where the next document starts.
+    """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype):
         self._prefix = Path(prefix)
@@ -45,26 +52,36 @@ class ShardWriter:
         return len(self._lengths)
 
     def add(self, ids: np.ndarray) -> int:
-        """Append one document (integer [length]); its number in this shard.
+        """Append one document (integer [length]); its number in this shard. Raises what `add_many` does."""
+        return self.add_many(ids, [len(ids)])
+
+    def add_many(self, ids: np.ndarray, lengths: Sequence[int] | np.ndarray) -> int:
+        """Append documents; the first one's number in this shard.
+
+        Args:
+            ids: of all the documents, one after the other (integer [sum of lengths]).
+            lengths: of each document.
 
         Raises:
-            ValueError: an id does not fit the dtype, or the document is longer than the format can say.
+            ValueError: an id does not fit the dtype, or a document is longer than the format can say.
         """
-        ids = np.asarray(ids)
+        ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
+        assert len(ids) == lengths.sum(), f"{len(ids)} ids for lengths that sum to {lengths.sum()}"
         limits = np.iinfo(self._dtype)
-        if len(ids) and (ids.min() < limits.min or ids.max() > limits.max):
+        if ids.dtype != self._dtype and len(ids) and (ids.min() < limits.min or ids.max() > limits.max):
             raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit {self._dtype}")
-        if len(ids) > _LONGEST:
-            raise ValueError(f"a document of {len(ids)} tokens; the .idx format holds at most {_LONGEST}")
-        data = np.ascontiguousarray(ids, dtype=self._dtype).tobytes()
+        if len(lengths) and lengths.max() > _LONGEST:
+            raise ValueError(f"a document of {lengths.max()} tokens; the .idx format holds at most {_LONGEST}")
+        first = len(self._lengths)
+        data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._bin.write(data)
         self._digest.update(data)
-        self._lengths.append(len(ids))
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(ids)
-        return len(self._lengths) - 1
+        return first
 
-    def close(self) -> dict[str, dict]:
-        """Finish both files, on disk; their sizes and checksums as the manifest keeps them, by file name."""
+    def close(self) -> ShardTotals:
+        """Finish both files, on disk; what they hold."""
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
         positions = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=positions[1:])
@@ -77,11 +94,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         self.abandon(sync=True)
-        name = self._prefix.name
-        return {
-            f"{name}.bin": {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._digest.hexdigest()},
-            f"{name}.idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        }
+        return ShardTotals(len(lengths), self.tokens, self._digest.digest(), hashlib.sha256(index).digest())
 
     def abandon(self, sync: bool = False) -> None:
         """Close the file without writing an index."""

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from megatron_spice.corpus.build import BuildOptions, build_corpus
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.inputs import InputFile
+from megatron_spice.corpus.manifest import sha256
 from megatron_spice.corpus.passages import PASSAGE_DTYPE, PassageWriter, open_passages
+from megatron_spice.corpus.shard_table import open_shards
 from megatron_spice.corpus.sampler import PassageSampler, draw
 from megatron_spice.corpus.tokenizer import TextTokenizer
 
@@ -40,7 +42,7 @@ def own_corpus_dir(tmp_path: Path, tokenizer: TextTokenizer) -> Path:
 
 def test_passages_put_the_documents_together_again(corpus_dir: Path, tokenizer: TextTokenizer) -> None:
     corpus = Corpus(corpus_dir, tokenizer, open_shards=1, verify=True)
-    assert len(corpus.manifest.shards) > 2
+    assert corpus.manifest.shards > 2
     by_document: dict[int, str] = {}
     for index in range(len(corpus)):
         passage = corpus.passage(index)
@@ -55,7 +57,7 @@ def test_passages_put_the_documents_together_again(corpus_dir: Path, tokenizer: 
 def test_the_manifest_counts_what_is_there(corpus_dir: Path, tokenizer: TextTokenizer) -> None:
     corpus = Corpus(corpus_dir, tokenizer)
     manifest = corpus.manifest
-    assert manifest.documents == len(TEXTS) == sum(shard["documents"] for shard in manifest.shards)
+    assert manifest.documents == len(TEXTS) == sum(open_shards(corpus_dir / "shards.npy")["documents"])
     assert manifest.tokens == sum(len(tokenizer.encode(text)) for text in TEXTS)
     assert manifest.passages == len(corpus) == sum(source["passages"] for source in manifest.sources)
     assert {source["name"]: source["documents"] for source in manifest.sources} == {"s0": 15, "s1": 14}
@@ -73,7 +75,7 @@ def test_another_tokenizer_is_refused(corpus_dir: Path, other_tokenizer: TextTok
         Corpus(corpus_dir, other_tokenizer)
 
 
-@pytest.mark.parametrize("name", ["shard_00001.bin", "shard_00000.idx", "passages.npy"])
+@pytest.mark.parametrize("name", ["shard_00001.bin", "shard_00000.idx", "passages.npy", "shards.npy", "sources.npy"])
 def test_damage_is_noticed(own_corpus_dir: Path, tokenizer: TextTokenizer, name: str) -> None:
     path = own_corpus_dir / name
     whole = path.read_bytes()
@@ -92,11 +94,20 @@ def test_damage_is_noticed(own_corpus_dir: Path, tokenizer: TextTokenizer, name:
 
 def test_a_broken_manifest_is_refused(own_corpus_dir: Path, tokenizer: TextTokenizer) -> None:
     path = own_corpus_dir / "manifest.json"
-    content = json.loads(path.read_text())
-    for broken in ("{", json.dumps({**content, "format": 99}), json.dumps({"format": 1}), "[]"):
+    whole = path.read_text()
+    for broken in ("{", "[]", "", json.dumps({"format": 2}), whole.replace('"s0"', '"s9"'), whole + " "):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+        with pytest.raises(ValueError, match=r"manifest\.json cannot be read: it"):
             Corpus(own_corpus_dir, tokenizer)
+
+
+@pytest.mark.parametrize(("number", "version"), [(1, "an earlier"), (99, "another")])
+def test_other_formats_are_refused(own_corpus_dir: Path, tokenizer: TextTokenizer, number: int, version: str) -> None:
+    path = own_corpus_dir / "manifest.json"
+    path.write_text(json.dumps({"format": number, "command": ["tools/preprocess_corpus.py", "my texts"]}))
+    again = rf"made by {version} version .* again with: tools/preprocess_corpus\.py 'my texts'"
+    with pytest.raises(ValueError, match=again):
+        Corpus(own_corpus_dir, tokenizer)
 
 
 def test_out_of_range_is_an_index_error(corpus_dir: Path, tokenizer: TextTokenizer) -> None:
@@ -106,17 +117,20 @@ def test_out_of_range_is_an_index_error(corpus_dir: Path, tokenizer: TextTokeniz
             corpus.passage(index)
 
 
-@given(rows=st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 5), max_size=20))
-def test_the_passage_table_is_a_plain_npy(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:
+rows_of_passages = st.lists(
+    st.tuples(*[st.integers(0, 2 ** (8 * PASSAGE_DTYPE[name].itemsize) - 1) for name in PASSAGE_DTYPE.names]), max_size=20
+).map(lambda rows: np.array(rows, dtype=PASSAGE_DTYPE))
+
+
+@given(rows=rows_of_passages)
+def test_the_passage_table_is_a_plain_npy(tmp_path_factory: pytest.TempPathFactory, rows: np.ndarray) -> None:
     path = tmp_path_factory.mktemp("table") / "passages.npy"
     writer = PassageWriter(path)
     writer.add(rows[:7])
     writer.add(rows[7:])
-    described = writer.close()
-    assert described["bytes"] == path.stat().st_size
-    expected = np.array(rows, dtype=PASSAGE_DTYPE)
-    assert np.array_equal(np.load(path), expected)
-    assert np.array_equal(open_passages(path), expected)
+    assert writer.close() == {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    assert np.array_equal(np.load(path), rows)
+    assert np.array_equal(open_passages(path), rows)
 
 
 def test_other_tables_are_refused(tmp_path: Path) -> None:

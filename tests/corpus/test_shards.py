@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_spice.corpus.manifest import sha256
+from megatron_spice.corpus.shard_table import ShardTotals, shard_bytes
 from megatron_spice.corpus.shards import ShardReader, ShardWriter, ids_dtype
 
 DTYPES = ["uint16", "int32"]
@@ -21,7 +22,7 @@ documents_of_ids = st.lists(st.lists(st.integers(0, 60000), max_size=30), min_si
 fresh_each_time = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 
 
-def write(prefix: Path, documents: list[list[int]], dtype: str) -> dict[str, dict]:
+def write(prefix: Path, documents: list[list[int]], dtype: str) -> ShardTotals:
     writer = ShardWriter(prefix, np.dtype(dtype))
     assert [writer.add(np.array(ids, dtype=np.int64)) for ids in documents] == list(range(len(documents)))
     return writer.close()
@@ -31,15 +32,31 @@ def write(prefix: Path, documents: list[list[int]], dtype: str) -> dict[str, dic
 @given(documents=documents_of_ids)
 @fresh_each_time
 def test_the_files_are_megatron_s_byte_for_byte(tmp_path: Path, documents: list[list[int]], dtype: str) -> None:
-    files = write(tmp_path / "ours", documents, dtype)
+    totals = write(tmp_path / "ours", documents, dtype)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
     for ids in documents:
         builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
     builder.finalize(str(tmp_path / "theirs.idx"))
-    for suffix in ("bin", "idx"):
-        ours = (tmp_path / f"ours.{suffix}").read_bytes()
-        assert ours == (tmp_path / f"theirs.{suffix}").read_bytes()
-        assert files[f"ours.{suffix}"] == {"bytes": len(ours), "sha256": sha256(tmp_path / f"theirs.{suffix}")}
+    assert (totals.documents, totals.tokens) == (len(documents), sum(map(len, documents)))
+    sizes = shard_bytes(totals.documents, totals.tokens, np.dtype(dtype))
+    for suffix, digest in ((".bin", totals.bin_sha256), (".idx", totals.idx_sha256)):
+        ours = (tmp_path / f"ours{suffix}").read_bytes()
+        assert ours == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert len(ours) == sizes[suffix]
+        assert digest.hex() == sha256(tmp_path / f"theirs{suffix}")
+
+
+@given(documents=documents_of_ids, cut=st.integers(0, 12))
+@fresh_each_time
+def test_many_documents_at_once_are_the_same_as_one_by_one(tmp_path: Path, documents: list[list[int]], cut: int) -> None:
+    one_by_one = write(tmp_path / "one", documents, "uint16")
+    writer = ShardWriter(tmp_path / "many", np.dtype("uint16"))
+    for number, some in ((0, documents[:cut]), (min(cut, len(documents)), documents[cut:])):
+        flat = np.array([token for ids in some for token in ids], dtype=np.uint32)
+        assert writer.add_many(flat, [len(ids) for ids in some]) == number
+    assert writer.close() == one_by_one
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"many{suffix}").read_bytes() == (tmp_path / f"one{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
