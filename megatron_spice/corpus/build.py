@@ -20,14 +20,15 @@ from megatron_spice.corpus.combine import MOST_SOURCES, Piece, combine
 from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import PASSAGES_NAME, SHARDS_NAME, Manifest
 from megatron_spice.corpus.passages import PASSAGE_DTYPE, PassageWriter, passage_checksums
-from megatron_spice.corpus.readers import open_input, read_documents
 from megatron_spice.corpus.segment import cut
 from megatron_spice.corpus.shard_table import SHARD_DTYPE, shard_prefix, write_shards
 from megatron_spice.corpus.shards import ShardWriter, ids_dtype
 from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.corpus.units import read_unit, split_into_units
 
 BLOCK_BYTES = 4 << 20
 BLOCK_DOCUMENTS = 4096
+UNIT_BYTES = 64 << 20
 
 
 class BadInput(ValueError):
@@ -125,28 +126,27 @@ def _blocks(
     """(text, source label) of all inputs in blocks of bounded size."""
     block: list[tuple[str, str]] = []
     size = done = 0
-    for file in inputs:
 
-        def bad(line: int, reason: str, path: Path = file.path) -> None:
-            message = f"{path}:{line}: {reason}"
-            if strict:
-                raise BadInput(message)
-            progress.skipped["bad_lines"] += 1
-            on_bad_line(message)
+    def bad(path: str, line: int, reason: str) -> None:
+        message = f"{path}:{line}: {reason}"
+        if strict:
+            raise BadInput(message)
+        progress.skipped["bad_lines"] += 1
+        on_bad_line(message)
 
-        opened = open_input(file.path)
-        with opened.raw:
-            for document in read_documents(file.path, opened, bad):
-                if not document.text.strip():
-                    progress.skipped["empty_documents"] += 1
-                    continue
-                block.append((document.text, document.source if document.source and not file.override else file.source))
-                size += len(document.text)
-                if size >= BLOCK_BYTES or len(block) >= BLOCK_DOCUMENTS:
-                    progress.disk_bytes = done + opened.raw.tell()
-                    yield block
-                    block, size = [], 0
-            done += opened.raw.tell()
+    for unit in split_into_units(inputs, UNIT_BYTES):
+        documents = read_unit(unit, bad)
+        for document in documents:
+            if not document.text.strip():
+                progress.skipped["empty_documents"] += 1
+                continue
+            block.append((document.text, document.source))
+            size += len(document.text)
+            if size >= BLOCK_BYTES or len(block) >= BLOCK_DOCUMENTS:
+                progress.disk_bytes = done + documents.disk_bytes
+                yield block
+                block, size = [], 0
+        done += unit.disk_bytes
     progress.disk_bytes = done
     yield block
 

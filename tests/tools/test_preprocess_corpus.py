@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_spice.corpus import readers
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.shards import ShardReader
 from megatron_spice.corpus.tokenizer import TextTokenizer
@@ -154,31 +153,8 @@ def test_bytes_that_are_no_text_and_damaged_files(run, tmp_path: Path, capsys: p
     errors = capsys.readouterr().err
     assert "a.jsonl:2: not UTF-8" in errors
     assert "a.jsonl:3: not JSON: Invalid control character" in errors
-    assert "b.txt:1: not UTF-8" in errors
+    assert "b.txt:2: not UTF-8" in errors
     assert "the compressed file is damaged from here on" in errors
-
-
-def test_an_endless_line_is_skipped_in_bounded_memory(
-    run, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(readers, "LONGEST", 1 << 20)
-    path = jsonl(tmp_path / "a.jsonl", {"text": "x" * (3 << 20)}, {"text": "Second text."})
-    assert run(path) == 0
-    assert f"{path}:1: longer than 1 MiB" in capsys.readouterr().err
-    assert documents(tmp_path / "corpus", model_dir) == [("a", "Second text.")]
-
-
-def test_a_long_plain_text_is_cut_into_documents(
-    run, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "LONGEST", 1000)
-    monkeypatch.setattr(readers, "_BLOCK", 300)
-    text = "The river runs.\n\n" * 200 + "\u00e9" * 1700 + "end"
-    (tmp_path / "a.txt").write_text(text)
-    assert run(tmp_path / "a.txt") == 0
-    assert "".join(part for _, part in documents(tmp_path / "corpus", model_dir)) == text
-    reader = ShardReader(tmp_path / "corpus" / "shard_00000")
-    assert len(reader) >= 6
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(
@@ -205,7 +181,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     ("make", "message"),
     [
         (lambda folder: folder / "nowhere.jsonl", "no such file"),
-        (lambda folder: jsonl(folder / "a.parquet", "x"), "is none of"),
+        (lambda folder: jsonl(folder / "a.csv", "x"), "is none of"),
         (lambda folder: jsonl(folder / "d" / "a.csv", "x").parent, "holds none of"),
         (lambda folder: jsonl(folder / "empty.jsonl"), "no passage in 1 input file"),
         (lambda folder: jsonl(folder / "short.jsonl", {"text": "x"}), "of them 1 under --min-tokens 2"),
