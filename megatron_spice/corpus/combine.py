@@ -1,8 +1,9 @@
 """Several pieces become one corpus: their tables are joined, their tokens are never read.
 
-A piece is a folder with shards, a shard table, a passage table and a manifest. The parts of a running build are pieces whose
-shard files move into the new corpus (`adopt`); finished corpora that are merged are pieces whose shard files stay where they
-are, and the new shard table says where. Either way passages get new shard numbers and source ids, in bounded memory.
+A piece is a folder with shards, a shard table, a passage table and a manifest. The parts of a running build are pieces
+whose shard files move into the new corpus (`adopt`); finished corpora that are merged are pieces whose shard files stay
+where they are, and the new shard table says where. Either way passages get new shard numbers and source ids, in bounded
+memory.
 
 Joining ends with the source table: the passages' numbers grouped by source, which the weighted sampler draws from.
 """
@@ -169,9 +170,8 @@ def _adopt(output: Path, piece: Piece, rows: np.ndarray, base: int) -> np.ndarra
     rows = rows.copy()
     for place, number in enumerate(rows["number"].tolist()):
         for suffix in (".bin", ".idx"):
-            source = Path(f"{shard_prefix(piece.path, number)}{suffix}")
-            target = Path(f"{shard_prefix(output, base + place)}{suffix}")
-            if source.exists() or not target.exists():  # not there any more: an interrupted call has renamed it
+            source, target = shard_prefix(piece.path, number) + suffix, shard_prefix(output, base + place) + suffix
+            if os.path.exists(source) or not os.path.exists(target):  # not there any more: an interrupted call has renamed it
                 os.rename(source, target)
     rows["folder"] = 0
     rows["number"] = np.arange(base, base + len(rows))

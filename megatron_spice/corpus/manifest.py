@@ -1,8 +1,8 @@
 """manifest.json: what a corpus folder holds, how it was made, and what its files must look like to be believed.
 
 It is written last, so a folder with a manifest is a whole one. It vouches for the tables (bytes and SHA-256), the tables
-for the shards (shard_table.py) and for every passage (passages.py), and its own last line vouches for itself. What depends
-on the number of inputs' documents is in the tables: the manifest is read at every start.
+for the shards (shard_table.py) and for every passage (passages.py), and its own last line vouches for itself. What grows
+with the number of documents or shards is in the tables: the manifest is parsed at every start.
 """
 
 from __future__ import annotations
@@ -89,27 +89,27 @@ class Manifest:
     def check_files(self, folder: Path) -> None:
         """Raises ValueError naming the first table that is missing, not of its size or, if small, not of its checksum."""
         for name, expected in self.files.items():
-            check_size(folder, folder / name, expected["bytes"])
+            check_size(folder, name, expected["bytes"])
             if expected["bytes"] <= CHECKED_BYTES and sha256(folder / name) != expected["sha256"]:
                 raise ValueError(damaged(folder, name))
 
 
-def check_size(folder: Path, path: Path, expected: int) -> None:
-    """Raises ValueError when a file of the corpus in `folder` is missing or not of its size."""
+def check_size(folder: Path, name: str, expected: int) -> None:
+    """Raises ValueError when file `name` of the corpus in `folder` is missing or not of its size."""
     try:
-        size = os.stat(path).st_size
-    except FileNotFoundError:
-        raise ValueError(f"corpus {folder}: {_seen_from(folder, path)} is missing; make the corpus again") from None
+        size = os.stat(os.path.join(folder, name)).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"corpus {folder}: {name} is missing; make or copy the corpus again") from None
     if size != expected:
         raise ValueError(
-            f"corpus {folder}: {_seen_from(folder, path)} has {size} bytes, expected {expected}: "
-            "cut short or not of this corpus; make the corpus again or copy it anew"
+            f"corpus {folder}: {name} has {size} bytes, expected {expected}: cut short or not of this corpus; "
+            "make or copy the corpus again"
         )
 
 
 def damaged(folder: Path, name: str) -> str:
     """What to say of a file whose checksum differs."""
-    return f"corpus {folder}: {name} is damaged (its checksum differs); copy or make it anew"
+    return f"corpus {folder}: {name} is damaged (its checksum differs); make or copy the corpus again"
 
 
 def sha256(path: Path) -> str:
@@ -141,7 +141,3 @@ def _why_not(path: Path, data: bytes) -> str:
     version = "an earlier" if found == 1 else "another"
     again = f"with: {command}" if command else "with tools/preprocess_corpus.py"
     return f"{path} cannot be read: made by {version} version (format {found}); make the corpus again {again}"
-
-
-def _seen_from(folder: Path, path: Path) -> str:
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

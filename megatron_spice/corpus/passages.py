@@ -41,7 +41,7 @@ def open_passages(path: str | os.PathLike[str]) -> np.ndarray:
     return open_table(path, PASSAGE_DTYPE, "passage table")
 
 
-def passage_checksum(data: bytes | memoryview, start: int) -> int:
+def passage_checksum(data: bytes | memoryview | np.ndarray, start: int) -> int:
     """Checksum of a passage's tokens, as their bytes stand in the .bin, beginning with token `start` of it."""
     return xxhash.xxh3_64_intdigest(data, start) & 0xFFFFFFFF
 

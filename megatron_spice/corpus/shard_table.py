@@ -7,7 +7,6 @@ itself) and number. Merged corpora share nothing but tables: their shards stay i
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +38,9 @@ class ShardTotals(NamedTuple):
         return np.array([(folder, number, *self)], dtype=SHARD_DTYPE)
 
 
-def shard_prefix(folder: Path, number: int) -> Path:
+def shard_prefix(folder: str | os.PathLike[str], number: int) -> str:
     """A shard's files without .bin and .idx."""
-    return folder / f"shard_{number:05d}"
+    return os.path.join(folder, f"shard_{number:05d}")
 
 
 def shard_bytes(documents: int, tokens: int, dtype: np.dtype) -> dict[str, int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from megatron_spice.corpus.manifest import SHARDS_NAME, Manifest, check_size, damaged, sha256
-from megatron_spice.corpus.shard_table import open_shards, shard_bytes, shard_prefix
+from megatron_spice.corpus.manifest import Manifest, check_size, damaged, sha256
+from megatron_spice.corpus.shard_files import ShardFiles
 
 
 def verify_corpus(folder: Path) -> Iterator[str]:
@@ -20,17 +18,15 @@ def verify_corpus(folder: Path) -> Iterator[str]:
     manifest = Manifest.read(folder)
     for name, expected in manifest.files.items():
         yield from _problems(folder, name, expected["bytes"], expected["sha256"])
-    dtype = np.dtype(manifest.dtype)
-    for row in open_shards(folder / SHARDS_NAME):
-        prefix = shard_prefix(Path(manifest.folders[row["folder"]]), row["number"])
-        sizes = shard_bytes(int(row["documents"]), int(row["tokens"]), dtype)
-        yield from _problems(folder, f"{prefix}.bin", sizes[".bin"], row["bin_sha256"].tobytes().hex())
-        yield from _problems(folder, f"{prefix}.idx", sizes[".idx"], row["idx_sha256"].tobytes().hex())
+    shards = ShardFiles(folder, manifest)
+    for shard in range(len(shards)):
+        for name, size, digest in shards.files(shard):
+            yield from _problems(folder, name, size, digest)
 
 
 def _problems(folder: Path, name: str, size: int, digest: str) -> Iterator[str]:
     try:
-        check_size(folder, folder / name, size)
+        check_size(folder, name, size)
     except ValueError as error:
         yield str(error)
         return
