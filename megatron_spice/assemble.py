@@ -109,8 +109,11 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
-    corpus = Corpus(config.corpus.path, tokenizer)
-    sampler = PassageSampler(corpus, config.train.seed)
+    try:
+        corpus = Corpus(config.corpus.path, tokenizer)
+        sampler = PassageSampler(corpus, config.train.seed, config.corpus.weights)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
     baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
     resume, done = checkpointer.newest(), 0

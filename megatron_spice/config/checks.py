@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from urllib.parse import urlsplit
 
 from megatron_spice.config.engine_weights import engine_weights_problems
@@ -14,6 +15,8 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
 from megatron_spice.config.schema import Config
+
+CORPUS_FORMAT = 2  # that of corpus/manifest.py, which a check does not need to load
 
 
 def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
@@ -207,10 +210,16 @@ def check_corpus(config: Config, architecture: ModelArchitecture) -> list[str]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         vocabulary, longest = manifest["tokenizer"]["vocab_size"], manifest["options"]["max_tokens"]
+        passages = {source["name"]: source["passages"] for source in manifest.get("sources", [])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [
             f"corpus.path={config.corpus.path}: its manifest.json cannot be read ({type(error).__name__}: {error}); "
             "give a folder that tools/preprocess_corpus.py made"
+        ]
+    if manifest.get("format", CORPUS_FORMAT) != CORPUS_FORMAT:
+        return [
+            f"corpus.path={config.corpus.path} is of format {manifest['format']}, this version reads {CORPUS_FORMAT}; make it "
+            f"again with: {shlex.join(manifest.get('command') or ['tools/preprocess_corpus.py'])}"
         ]
     problems = []
     if vocabulary > architecture.vocab_size:
@@ -218,6 +227,12 @@ def check_corpus(config: Config, architecture: ModelArchitecture) -> list[str]:
             f"corpus.path={config.corpus.path} was made with a vocabulary of {vocabulary}, policy.model={config.policy.model} "
             f"has {architecture.vocab_size}; make the corpus again with this model as --tokenizer"
         )
+    for label in config.corpus.weights or {}:
+        if not passages.get(label):
+            there = ", ".join(f"{name} ({count:,})" for name, count in passages.items()) or "no source"
+            problems.append(
+                f"corpus.weights names source {label}, of which corpus.path={config.corpus.path} has no passage; it has {there}"
+            )
     context = config.rollout.context_length or architecture.max_position_embeddings
     if not config.game.no_corpus and longest + config.game.challenger_max_tokens >= context:
         problems.append(

@@ -86,6 +86,8 @@ def _type_in_words(annotation: Any, limits: list[Any]) -> str:
     if origin is list:
         least = "a non-empty list" if any(isinstance(limit, MinLen) for limit in limits) else "a list"
         return f"{least} of: " + _type_in_words(arguments[0], []).removeprefix("one of ")
+    if origin is dict:
+        return f"{_type_in_words(arguments[1], [])} for each label (NAME: VALUE)"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     return " ".join([words.get(annotation, str(annotation)), *_limits(limits)])
 

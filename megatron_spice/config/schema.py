@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Weights = Annotated[dict[str, PositiveFloat], Field(min_length=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
 AnswerType = Literal["MCQ", "Integer", "Expression", "String"]
 ChallengerReward = Literal["variance", "threshold", "r_zero", "absolute_zero"]
@@ -39,6 +40,11 @@ class TrainConfig(Room):
 
 class CorpusConfig(Room):
     path: Path = Field(description="Folder made by tools/preprocess_corpus.py.")
+    weights: Weights | None = Field(
+        None,
+        description="How often passages of each source label are drawn, such as {mathematics: 0.5, general: 0.5}; labels "
+        "that are not named are not drawn. Without, every passage is as probable as any other. [paper: half and half]",
+    )
 
 
 class VerifierConfig(Room):

@@ -112,6 +112,10 @@ class Corpus:
             )
         return ids
 
+    def source_id(self, index: int) -> int:
+        """Place of passage `index`'s source in the manifest, by the passage table alone."""
+        return _ROW.unpack_from(self._rows, index * _ROW.size)[4]
+
     def _check_request(self, tokenizer: TextTokenizer) -> None:
         """That the manifest is one that this model can use."""
         made_with = self.manifest.tokenizer["hash"]

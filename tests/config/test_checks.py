@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from megatron_spice.config.checks import check
+from megatron_spice.config.checks import CORPUS_FORMAT, check
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.loader import load_config
+from megatron_spice.corpus.manifest import FORMAT
 
 
 def problems(recipe, *overrides: str, nodes: int = 1) -> list[str]:
@@ -96,6 +97,25 @@ def test_a_corpus_of_another_tokenizer_is_noticed(write_recipe, tmp_path):
     (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = problems(recipe)
     assert "151936" in problem and "49152" in problem
+
+
+def test_a_corpus_of_another_format_is_noticed(write_recipe, tmp_path):
+    recipe = write_recipe()
+    manifest = {"tokenizer": {"vocab_size": 49152}, "options": {"max_tokens": 160}, "format": 1, "command": ["tool", "a b"]}
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = problems(recipe)
+    assert "format 1, this version reads 2" in problem and "again with: tool 'a b'" in problem
+    assert CORPUS_FORMAT == FORMAT
+
+
+def test_weights_are_for_sources_that_the_corpus_has(write_recipe, tmp_path):
+    recipe = write_recipe(corpus={"path": str(tmp_path / "corpus"), "weights": {"mathematics": 1, "genral": 1, "empty": 2}})
+    sources = [{"name": name, "passages": count} for name, count in (("mathematics", 7), ("general", 3000), ("empty", 0))]
+    manifest = {"tokenizer": {"vocab_size": 49152}, "options": {"max_tokens": 160}, "sources": sources}
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    second, first = problems(recipe)  # in the order of the recipe
+    assert "source genral" in first and "mathematics (7), general (3,000), empty (0)" in first
+    assert "source empty" in second
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"tokenizer": 3}'])
