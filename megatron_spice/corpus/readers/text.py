@@ -17,7 +17,7 @@ def split(file: InputFile, target_bytes: int, options: ReadOptions) -> list[Span
 
 
 def read(span: Span, options: ReadOptions, bad: BadHere, progress: Progress) -> Iterator[Document]:
-    line = 1
+    line, encoding = 1, "utf-8-sig"
     with open_stream(span, progress) as stream:
         rest = bytearray()
         more = True
@@ -30,21 +30,22 @@ def read(span: Span, options: ReadOptions, bad: BadHere, progress: Progress) -> 
                     return
                 rest += block
                 more = bool(block)
-            piece = bytes(rest if not more else rest[: _end_of_piece(rest[:options.longest])])
+            piece = bytes(rest[: _end_of_piece(rest, options.longest)] if more else rest)
             del rest[: len(piece)]
             try:
                 if piece:
-                    yield Document(piece.decode("utf-8-sig"), span.file.source, span, line)
+                    yield Document(piece.decode(encoding), span.file.source, span, line)
             except UnicodeDecodeError as error:
                 bad(line + piece.count(b"\n", 0, error.start), f"not UTF-8 (byte {error.start} of the text)")
-            line += piece.count(b"\n")
+            line, encoding = line + piece.count(b"\n"), "utf-8"
 
 
-def _end_of_piece(data: bytes) -> int:
-    """Where to end a document in `data`: after the last blank line, else line, else space, else whole character."""
+def _end_of_piece(data: bytearray, most: int) -> int:
+    """Where to end a document of at most `most` bytes: after the last blank line, else line, space, whole character."""
+    end = min(most, len(data))
     for pattern in (b"\n\n", b"\n", b" "):
-        place = data.rfind(pattern)
+        place = data.rfind(pattern, 0, end)
         if place > 0:
             return place + len(pattern)
-    broken = re.search(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z", data[-4:])
-    return len(data) - 4 + broken.start() if broken and len(data) > 4 else len(data)
+    broken = re.search(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z", data[max(end - 4, 1) : end])
+    return max(end - 4, 1) + broken.start() if broken else end
