@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster.free_memory import EngineRoom
+from megatron_spice.cluster.interruption import Interruption
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.engine_weights import quantization_config
@@ -71,6 +72,7 @@ class Run:
     log: RunLog | None
     done: int
     timer: PhaseTimer
+    interruption: Interruption
     copy_rate: float  # bytes a second, the ceiling of a sync
     saved: int = 0  # the newest iteration whose checkpoint this run made or came from
     engine_restarts: int = 0
@@ -94,8 +96,11 @@ class Run:
             print(text, flush=True)
 
 
-def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitStack) -> Run:
-    """Builds the four objects, starts the engines and loads the weights. What must be closed is given to `stack`.
+def assemble(
+    config: Config, topology: Topology, store: dist.Store, stack: ExitStack, interruption: Interruption
+) -> Run:
+    """Builds the four objects, starts the engines and loads the weights. What must be closed is given to `stack`;
+    passages that are being played are given up when there is an `interruption`.
 
     Afterwards the policy is awake and the engines sleep, as between any two iterations.
 
@@ -129,7 +134,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    pool = _make_pool(config, topology, store, tokenizer, hf_files, done)
+    pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption)
     stack.callback(pool.close)
     if topology.device == "cpu":
         # Engines come up in processes of their own while this one builds the policy. On an accelerator they would count
@@ -165,7 +170,7 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
         (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
         config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
-        PhaseTimer(), rate, saved=done, carried=carried,
+        PhaseTimer(), interruption, rate, saved=done, carried=carried,
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
@@ -175,7 +180,8 @@ def assemble(config: Config, topology: Topology, store: dist.Store, stack: ExitS
 
 
 def _make_pool(
-    config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, hf_files: Path, done: int
+    config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, hf_files: Path, done: int,
+    interruption: Interruption,
 ) -> RolloutPool:
     """The pool with this rank's engine, if it hosts one."""
     # Engines sample from a seed of their own; a resumed run must not draw what it drew at its start.
@@ -198,7 +204,7 @@ def _make_pool(
     )  # fmt: skip
     return RolloutPool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
-        max_restarts=config.rollout.max_restarts, helpers=[verifier],
+        max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_spice.assemble import Run, assemble
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster import distributed, platform
+from megatron_spice.cluster.interruption import EXIT_CODE, Interrupted, Interruption
 from megatron_spice.cluster.topology import from_environment
 from megatron_spice.config.schema import Config
 from megatron_spice.game import episodes as game
@@ -38,13 +39,19 @@ def train(config: Config) -> None:
             print(f"{config.run.dir} is at iteration {done} of {config.train.iterations} already: nothing to do", flush=True)
         return
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
-        run = assemble(config, topology, store, stack)
+        interruption = Interruption(store)
+        run = assemble(config, topology, store, stack, interruption)
         for iteration in range(run.done + 1, config.train.iterations + 1):
             state = run.state(iteration - 1)
             try:
+                if interruption.agreed():
+                    raise Interrupted
                 _iterate(run, iteration)
             except EnginesLost as error:
                 raise _given_up(run, state, error) from None
+            except Interrupted:
+                run.say(f"interrupted ({interruption.reason}); the run {_saved_before_the_end(run, state)}; the same command goes on")
+                raise SystemExit(EXIT_CODE) from None
 
 
 def _iterate(run: Run, iteration: int) -> None:
@@ -120,10 +127,13 @@ def _replace_lost_engines(run: Run) -> bool:
 
     Raises:
         EnginesLost: one failed too often.
+        Interrupted: the job is to end, which may be why an engine has.
     """
     lost = run.pool.lost()
     if not lost:
         return False
+    if run.interruption.agreed():
+        raise Interrupted
     run.say("\n".join(f"warning: {words}; it is replaced" for words in lost))
     if run.policy.is_awake:
         run.policy.sleep(keep_weights=False)
@@ -137,6 +147,14 @@ def _replace_lost_engines(run: Run) -> bool:
 
 def _given_up(run: Run, state: dict[str, Any], error: EnginesLost) -> EngineError:
     """Saves the run as it was before this iteration, unless it is saved, and says what the user can do."""
+    return EngineError(
+        f"{error}\nThe run {_saved_before_the_end(run, state)}. Look at {run.config.run.dir}/logs/"
+        "engine_*.log for the cause, then start the same command again: it goes on from there"
+    )
+
+
+def _saved_before_the_end(run: Run, state: dict[str, Any]) -> str:
+    """Ends the engines, saves `state` and what the policy holds, unless that is saved, and says so."""
     run.pool.close()
     dist.barrier()
     if not run.policy.is_awake:
@@ -144,11 +162,7 @@ def _given_up(run: Run, state: dict[str, Any], error: EnginesLost) -> EngineErro
     iteration = state["iteration"]
     if iteration > run.saved:
         run.checkpointer.save(run.policy, state)
-    saved = f"is saved up to iteration {iteration}" if iteration else "had no finished iteration to save"
-    return EngineError(
-        f"{error}\nThe run {saved} in {run.config.run.dir}. Look at {run.config.run.dir}/logs/"
-        "engine_*.log for the cause, then start the same command again: it goes on from there"
-    )
+    return f"is saved up to iteration {iteration} in {run.config.run.dir}" if iteration else "had no finished iteration to save"
 
 
 def _hand_over(run: Run, version: int) -> dict[str, float]:

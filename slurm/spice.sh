@@ -5,6 +5,8 @@
 #SBATCH --exclusive
 #SBATCH --output=spice-%j.log
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
 #
 # The one way to start training:
 #
@@ -14,8 +16,16 @@
 # Inside an allocation every node gets one task and torchrun starts the node's ranks; the first node is where they meet.
 # The recipe is checked before anything starts: a wrong one ends with exit code 2 and says what to change.
 #
-#   SPICE_ROOT    the repository, where it is not beside this script (sbatch runs a copy of it)
-#   SPICE_VENV    the environment that install.sh made, when it is not .venv
+# A job ends before its recipe does, and what happens then:
+#   the time limit is near (SIGUSR1, 3 minutes before)     saved, requeued, goes on by itself
+#   preempted, or `scontrol requeue` (SIGTERM)             saved if that takes less than Slurm's KillWait; Slurm requeues it
+#   `scancel` (SIGTERM)                                    the same, not requeued
+#   a rank or a node fails                                 requeued if the run has come further since the job began
+#
+#   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
+#   SPICE_VENV         the environment that install.sh made, when it is not .venv
+#   SPICE_SITE         a file with this cluster's settings (slurm/site.example.sh), when it is not slurm/site.sh
+#   SPICE_CONTAINER    run in this image: a file for Apptainer, anything else for Pyxis
 set -euo pipefail
 
 fail() { printf 'spice.sh: %s\n' "$*" >&2; exit 1; }
@@ -37,6 +47,13 @@ if [ $# -eq 0 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ]; then
 fi
 
 root="$(find_root)"
+site="${SPICE_SITE:-$root/slurm/site.sh}"
+if [ -f "$site" ]; then
+  # shellcheck source=/dev/null
+  source "$site"
+elif [ -n "${SPICE_SITE:-}" ]; then
+  fail "SPICE_SITE=$SPICE_SITE is not a file"
+fi
 python="${SPICE_VENV:-$root/.venv}/bin/python"
 [ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -67,19 +84,63 @@ else
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 fi
 
-# `exec` from here on: signals reach torchrun (or srun, which passes them on) itself, and its exit code is ours.
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-  # One machine talks to itself: by loopback, whatever its host name resolves to.
+  # One machine talks to itself: by loopback, whatever its host name resolves to. `exec`, so that signals reach torchrun
+  # itself, which passes them on, and its exit code is ours.
   export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
   exec "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
     --nproc-per-node="$SPICE_RANKS_PER_NODE" --module megatron_spice train "$@"
 fi
 
 command -v srun >/dev/null || fail "SLURM_JOB_ID is set but srun is not on PATH"
+
+# A node's address as Slurm knows it, where its name means nothing to the resolver.
+address_of() {
+  local address=''
+  getent hosts "$1" >/dev/null || address="$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+  echo "${address:-$1}"
+}
+
+newest_checkpoint() {
+  [ ! -d "$SPICE_RUN_DIR/checkpoints" ] ||
+    find "$SPICE_RUN_DIR/checkpoints" -maxdepth 1 -name 'iteration_*' ! -name '*.partial' | sort | tail -n 1
+}
+
 first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)"
+first_address="$(address_of "$first_node")"
 port=$((20000 + SLURM_JOB_ID % 10000))
+step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1)
+inside=()
+if [ -f "${SPICE_CONTAINER:-}" ]; then
+  inside=(apptainer exec --nv "$SPICE_CONTAINER")
+elif [ -n "${SPICE_CONTAINER:-}" ]; then
+  step+=(--container-image="$SPICE_CONTAINER" --container-mounts="$root:$root,$PWD:$PWD${SPICE_MOUNTS:+,$SPICE_MOUNTS}" --container-workdir="$PWD")
+fi
+
+before="$(newest_checkpoint)"
+limit_is_near='' told_to_end='' woken=''
+# Slurm wakes this shell alone; the ranks hear of it from here.
+trap 'woken=yes limit_is_near=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+# Slurm has told all processes of the job.
+trap 'woken=yes told_to_end=yes' TERM
+
+# torchrun would end its ranks half a minute after such a signal, saved or not: it must not notice. They get it from Slurm.
 # shellcheck disable=SC2016  # SLURM_NODEID is known only inside each task.
-exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-  bash -c 'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' "$python" \
-  --nnodes="$nodes" --nproc-per-node="$SPICE_RANKS_PER_NODE" --master-addr="$first_node" --master-port="$port" \
-  --module megatron_spice train "$@"
+"${step[@]}" bash -c 'trap "" TERM USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' -- \
+  "${inside[@]}" "$python" -m torch.distributed.run \
+  --nnodes="$nodes" --nproc-per-node="$SPICE_RANKS_PER_NODE" --master-addr="$first_address" --master-port="$port" \
+  --module megatron_spice train "$@" &
+srun=$!
+while :; do
+  wait "$srun" && status=0 || status=$?
+  [ -n "$woken" ] || break # a trap ends `wait` before its time
+  woken=''
+done
+
+if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
+  exit "$status"
+elif [ -n "$limit_is_near" ] || [ "$(newest_checkpoint)" != "$before" ]; then
+  printf 'spice.sh: requeued (restart %d)\n' "$((${SLURM_RESTART_COUNT:-0} + 1))"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -12,6 +12,12 @@ mkdir -p assets
 [ -e "$model" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py model "$model"
 [ -e "$texts" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py texts "$texts"
 
+# A real Slurm for tests/test_slurm.py where it can be had (Debian, root); elsewhere that test skips and says so.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    slurmctld slurmd slurm-client munge; } >/dev/null || echo "tests/run.sh: Slurm could not be installed" >&2
+fi
+
 # Waiting threads that spin would take the cores from the processes the tests start.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

@@ -176,6 +176,23 @@ def test_inside_slurm_one_task_a_node_runs_torchrun(house, tmp_path):
     assert asked[-3:] == ["train", RECIPE, "policy.pipeline_parallel_size=4"]
 
 
+def test_a_container_for_apptainer_or_pyxis(house, tmp_path):
+    calls, image = tmp_path / "calls", tmp_path / "image.sif"
+    image.touch()
+    more = {"PATH": f"{slurm_tools(tmp_path)}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
+    more |= {"SLURM_JOB_ID": "10123", "SLURM_JOB_NODELIST": "node1"}
+    launch(house, RECIPE, SPICE_CONTAINER=str(image), **more)
+    asked = calls.read_text().splitlines()
+    start = asked.index("apptainer")
+    assert asked[start : start + 4] == ["apptainer", "exec", "--nv", str(image)]
+    (house / "slurm" / "site.sh").write_text("export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch\n")
+    launch(house, RECIPE, **more)
+    asked = calls.read_text().splitlines()
+    assert "--container-image=registry/image:1" in asked and "apptainer" not in asked
+    assert f"--container-mounts={house}:{house},{house}:{house},/scratch" in asked
+    assert "SPICE_SITE=/nowhere" in launch(house, RECIPE, SPICE_SITE="/nowhere", **more).stderr
+
+
 def test_a_batch_copy_of_the_script_finds_the_house(house, tmp_path):
     spool = tmp_path / "spool"
     spool.mkdir()
@@ -193,8 +210,11 @@ def test_scripts_parse(script):
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_scripts_are_clean():
     scripts = [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]
-    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([SHELLCHECK, *map(str, scripts)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout

@@ -26,6 +26,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, add_tokenizer, make_model
+from tiny_recipe import tiny_recipe, tool
 from tokenizers import Tokenizer
 
 from megatron_spice.corpus.corpus import Corpus
@@ -40,29 +41,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("job")
-    model = add_tokenizer(make_model(folder / "hf", "llama", tied=True))
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"{number}. {TEXT * 3}", "id": str(number)}) + "\n" for number in range(40)))
-    _tool("preprocess_corpus", texts, "--tokenizer", model, "--output", folder / "corpus", "--max-tokens", 40, "--min-tokens", 10)
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({
-        "run": {"dir": str(folder / "unused")}, "corpus": {"path": str(folder / "corpus")},
-        "train": {"iterations": 4, "passages": 3, "seed": 5},
-        "game": {"prompt_style": "few_shot", "answer_types": ["Integer"], "attempts": 4, "group_size": 2,
-                 "attempt_chunk": 2, "challenger_max_tokens": 6, "reasoner_max_tokens": 4},
-        "rollout": {"max_total_tokens": 4096, "context_length": 1024, "max_running_requests": 8},
-        "policy": {"model": str(model), "pipeline_parallel_size": 2, "precision": "fp32"},
-        "checkpoint": {"every": 2}, "cluster": {"ranks_per_node": 2, "timeout": 120},
-    }))  # fmt: skip
-    # The model's context of 256 positions is less than the prompts of byte-sized tokens need.
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    return path
-
-
-def _tool(name: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)], check=True, timeout=120)
+    return tiny_recipe(tmp_path_factory.mktemp("job"))
 
 
 def _start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
@@ -205,6 +184,22 @@ def test_a_run_that_gives_up_on_its_engine_is_saved_and_goes_on(recipe, tmp_path
     assert [line["iteration"] for line in _metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_run_that_is_asked_to_end_is_saved(recipe, tmp_path):
+    """Between two checkpoints: what was learned since is not lost."""
+    job = _start(recipe, tmp_path, "checkpoint.every=100", "train.iterations=50")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists() or len(_metrics(tmp_path)) < 2:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-6000:]
+        time.sleep(0.05)
+    family = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode not in (0, None) and "interrupted (SIGTERM)" in output, output[-6000:]
+    done = len(_metrics(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"iteration_{done:07d}"]
+    assert not _wait_gone(family), "something outlived the job"
+
+
 def test_a_run_with_engines_that_run_already(recipe, tmp_path, monkeypatch):
     """Two of them, one a rank, started here as anybody may start them; the run uses them and leaves them running."""
     from megatron_spice.cluster.topology import Topology
@@ -261,7 +256,7 @@ def test_a_recipe_that_cannot_run_ends_with_2_before_anything_starts(recipe, tmp
 
 @pytest.mark.skipif(not (MODEL.exists() and TEXTS.exists()), reason="needs the quickstart's assets (tests/run.sh fetches them)")
 def test_the_real_model_learns_from_what_the_log_says(tmp_path):
-    _tool("preprocess_corpus", TEXTS, "--tokenizer", MODEL, "--output", tmp_path / "corpus", "--max-tokens", 160, "--min-tokens", 60)
+    tool("preprocess_corpus", TEXTS, "--tokenizer", MODEL, "--output", tmp_path / "corpus", "--max-tokens", 160, "--min-tokens", 60)
     run = tmp_path / "run"
     _finish(_start(
         ROOT / "examples" / "quickstart.yaml", run, "train.iterations=1", "train.passages=3", "policy.precision=fp32",
@@ -283,7 +278,7 @@ def test_the_real_model_learns_from_what_the_log_says(tmp_path):
             assert attempt["reward"] == pytest.approx(reward)
             assert attempt["advantage"] == pytest.approx(reward - mean)
 
-    _tool("convert_checkpoint", "megatron-to-hf", run / "checkpoints" / "iteration_0000001", tmp_path / "trained")
+    tool("convert_checkpoint", "megatron-to-hf", run / "checkpoints" / "iteration_0000001", tmp_path / "trained")
     before, after = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "trained" / "model.safetensors")
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]

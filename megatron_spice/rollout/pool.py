@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from megatron_spice.cluster.interruption import Interrupted
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.carried import Game
 from megatron_spice.game.journal import Decode, Recorder
@@ -95,6 +96,7 @@ class _Report:
     error: str | None = None
     lost: tuple[str, ...] = ()
     restarts: int = 0
+    interrupted: bool = False
 
 
 class RolloutPool:
@@ -107,6 +109,7 @@ class RolloutPool:
         decode: text of token ids; needed where games are put off.
         max_restarts: how often one engine may be replaced in an iteration.
         helpers: started and closed with the pool where there are engines.
+        is_interrupted: whether games are to be given up; asked some times a second while they are played.
         group: a CPU process group of all ranks for the exchange; None: the default group.
     """
 
@@ -121,6 +124,7 @@ class RolloutPool:
         decode: Decode = lambda ids: "",
         max_restarts: int = 0,
         helpers: Sequence[Helper] = (),
+        is_interrupted: Callable[[], bool] = lambda: False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if passages_in_flight < 1:
@@ -132,6 +136,7 @@ class RolloutPool:
         self._in_flight = passages_in_flight
         self._decode = decode
         self._helpers = list(helpers) if engines else []
+        self._is_interrupted = is_interrupted
         self._group = group
         self._round = self._iteration = 0
         self._launched = False
@@ -212,6 +217,7 @@ class RolloutPool:
         Raises:
             EngineError: a game could not be played for another reason than its engine's failure; on every rank, with that
                 rank's traceback.
+            Interrupted: the games were to be given up; on every rank.
         """
         if iteration != self._iteration:
             self._iteration = iteration
@@ -222,12 +228,16 @@ class RolloutPool:
         if self.crew.engines:
             try:
                 self._run(self._play_mine(turn))
+            except Interrupted:
+                report = _Report(self._topology.rank, interrupted=True)
             except Exception:
                 self._store.add(f"{turn.key}/failed", 1)
                 report = _Report(self._topology.rank, error=traceback.format_exc())
         what = f"the episodes of iteration {iteration}"
         self._wait_for_hosts(turn.key, what)
         reports = self._exchange(what, report)
+        if any(each.interrupted for each in reports):
+            raise Interrupted
         self._raise_errors(f"iteration {iteration}", reports)
         return _merged(turn, [each.share for each in reports])
 
@@ -263,7 +273,8 @@ class RolloutPool:
             except EngineError as error:
                 self.crew.fail(engine, error)
 
-        await _until_first([self._beat(turn.key)], [serve(engine) for engine in self.crew.working])
+        watches = [self._beat(turn.key), self._heed_interruption()]
+        await _until_first(watches, [serve(engine) for engine in self.crew.working])
 
     async def _play_one(self, turn: _Round, place: int, engine: Engine) -> None:
         game, share, began = turn.games[place], turn.share, time.monotonic()
@@ -315,6 +326,7 @@ class RolloutPool:
                 beats, heard = now, time.monotonic()
             elif time.monotonic() - heard > SILENCE:
                 raise EngineError(f"no engine host gave a sign of life for {SILENCE:.0f} s while waiting for {what}")
+            self._is_interrupted()  # the hosts hear of it from this rank if nobody else was told
             time.sleep(0.05)
 
     def _claim(self, turn: _Round) -> int:
@@ -328,6 +340,11 @@ class RolloutPool:
         while True:
             await asyncio.sleep(0.5)
             self._store.add(f"{key}/beats", 1)
+
+    async def _heed_interruption(self) -> None:
+        while not self._is_interrupted():
+            await asyncio.sleep(0.5)
+        raise Interrupted
 
     async def _watch(self, engine: Engine) -> None:
         """Notices a dead engine at once, even when nothing is being asked of it."""

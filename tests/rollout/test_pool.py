@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +15,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from megatron_spice.cluster.interruption import Interrupted
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.carried import Game, new_games
 from megatron_spice.game.records import Attempt, Completion, Episode, Passage, Sampling
@@ -233,3 +235,19 @@ def test_two_ranks_share_the_passages_and_the_failures(tmp_path: Path) -> None:
     arguments = (str(tmp_path / "store"), str(tmp_path), two_ranks)
     multiprocessing.spawn(on_two_ranks, args=arguments, nprocs=2)
     assert not list(tmp_path.glob("rank*.txt")), "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
+
+
+def test_games_are_given_up_when_the_job_is_to_end() -> None:
+    engine, asked = FakeEngine(delay=30.0), []
+
+    def is_interrupted() -> bool:
+        asked.append(engine.running)
+        return len(asked) == 2
+
+    pool = single(engine, is_interrupted=is_interrupted)
+    pool.start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        pool.play(1, games(5))
+    pool.close()
+    assert time.monotonic() - began < 5 and asked == [0, 3] or asked == [3, 3]
