@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from functools import cache
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -95,7 +96,8 @@ def byte_table(spec: dict) -> list[bytes]:
     return table
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+@cache
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of the byte-level alphabet: printable Latin-1 is itself, the rest follows from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -105,12 +107,9 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_ALPHABET = _byte_level_alphabet()
-
-
 def _from_byte_level(token: str) -> bytes:
     try:
-        return bytes(_ALPHABET[character] for character in token)
+        return bytes(map(byte_level_alphabet().__getitem__, token))
     except KeyError:  # a control token that sits in the vocabulary under its own spelling
         return token.encode()
 

@@ -30,6 +30,9 @@ class TextTokenizer:
         vocab_size: largest id + 1, control tokens included.
         control_ids: ids that plain text never gets.
         stop_ids: ids that end the model's generation, ascending.
+        added_texts: spellings of the tokens that were added to the vocabulary, control tokens and others.
+        token_bytes: what each id stands for in UTF-8, see `plain_text.byte_table`.
+        plain: the tokenizer that `encode` uses.
     """
 
     def __init__(self, spec: dict, *, chat_template: ChatTemplate | None = None, stop_ids: Iterable[int] = ()):
@@ -37,16 +40,17 @@ class TextTokenizer:
         self._full = Tokenizer.from_str(json.dumps(spec))
         self._full.no_truncation()
         self._full.no_padding()
-        self._plain = plain_text.build(spec)
+        self.plain = plain_text.build(spec)
         controls = [token for token in spec.get("added_tokens") or [] if plain_text.is_control(token)]
+        self.added_texts = [token["content"] for token in spec.get("added_tokens") or []]
         self._control_by_text = {token["content"]: token["id"] for token in controls}
         self._control_pattern = _control_pattern(controls)
-        self._bytes = plain_text.byte_table(spec)
-        self._byte_lengths = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
+        self.token_bytes = plain_text.byte_table(spec)
+        self._byte_lengths = np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
         self._chat_template = chat_template
         self._leading_ids = self._find_leading_ids()
         self.vocab_hash = plain_text.plain_hash(spec)
-        self.vocab_size = len(self._bytes)
+        self.vocab_size = len(self.token_bytes)
         self.control_ids = frozenset(self._control_by_text.values())
         self.stop_ids = tuple(sorted(set(stop_ids)))
 
@@ -71,11 +75,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: control tokens spelled in it stay text. No id is added at either end."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        return [row.ids for row in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        return [row.ids for row in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt; control tokens count as such in its trusted segments only.
@@ -103,7 +107,7 @@ class TextTokenizer:
 
     def to_bytes(self, ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
         """UTF-8 bytes of ids, and where each id's bytes start in them (int64 [len(ids)])."""
-        table = self._bytes
+        table = self.token_bytes
         text = b"".join([table[index] for index in ids])
         lengths = self._byte_lengths[np.asarray(ids, dtype=np.int64)]
         return text, np.cumsum(lengths) - lengths
