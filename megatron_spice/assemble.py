@@ -114,25 +114,9 @@ def assemble(
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
-    try:
-        corpus = Corpus(config.corpus.path, tokenizer)
-        sampler = PassageSampler(corpus, config.train.seed, config.corpus.weights)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
-    resume, done = checkpointer.newest(), 0
-    carried: list[Game] = []
-    if resume:
-        state = checkpoints.read_state(resume)
-        done = state["iteration"]
-        try:
-            sampler.load_state_dict(state["sampler"])
-            if baselines is not None:
-                baselines.load_state_dict(state.get("baselines", {}))
-            carried = [game_from_state(each, corpus.passage) for each in state.get("carried", [])]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    resume = checkpointer.newest()
+    sampler, baselines, carried, done = _passages(config, tokenizer, checkpoints.read_state(resume) if resume else None)
 
     pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption)
     stack.callback(pool.close)
@@ -177,6 +161,29 @@ def assemble(
         f"{_count_engines(config, topology)}, ready after {time.perf_counter() - started:.0f} s"
     )
     return run
+
+
+def _passages(
+    config: Config, tokenizer: TextTokenizer, state: dict[str, Any] | None
+) -> tuple[PassageSampler, RoleBaselines | None, list[Game], int]:
+    """What decides on the passages to come, the games that were put off, and the iteration to go on from, as in `state`.
+
+    Raises:
+        ConfigError: the corpus cannot be used, or is not what the state belongs to.
+    """
+    baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
+    try:
+        corpus = Corpus(config.corpus.path, tokenizer)
+        sampler = PassageSampler(corpus, config.train.seed, config.corpus.weights)
+        if state is None:
+            return sampler, baselines, [], 0
+        sampler.load_state_dict(state["sampler"])
+        if baselines is not None:
+            baselines.load_state_dict(state.get("baselines", {}))
+        carried = [game_from_state(each, corpus.passage) for each in state.get("carried", [])]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    return sampler, baselines, carried, state["iteration"]
 
 
 def _make_pool(
