@@ -28,6 +28,6 @@ setup(
     packages=find_packages(include=["megatron_spice", "megatron_spice.*"]),
     include_package_data=True,
     install_requires=["pydantic", "pyyaml"],
-    extras_require={name: requirements(name) for name in ("cpu", "cuda", "test")},
+    extras_require={name: requirements(name) for name in ("cpu", "cuda", "stages", "test")},
     entry_points={"console_scripts": ["megatron-spice = megatron_spice.__main__:main"]},
 )

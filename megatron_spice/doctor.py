@@ -59,7 +59,7 @@ PACKAGES = (
     Package("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "never", "corpus loading", "pip install nvidia-dali-cuda130"),
     Package("flash-attn", ("flash-attn",), "never", "attention of the policy", "pip install flash-attn --no-build-isolation"),
     Package("gigatoken", ("gigatoken",), "never", "faster tokenising of corpora", "pip install gigatoken"),
-    Package("datatrove", ("datatrove",), "never", "corpus readers and filters", "pip install datatrove"),
+    Package("datatrove", ("datatrove",), "never", "corpus filters, deduplication", "pip install -r requirements/stages.txt"),
     Package("wandb", ("wandb",), "never", "metrics (telemetry.wandb_project)", "pip install wandb"),
 )
 APEX_REMEDY = "NVIDIA's is built from source: https://github.com/NVIDIA/apex"
