@@ -52,6 +52,7 @@ def train(config: Config) -> None:
             except Interrupted:
                 run.say(f"interrupted ({interruption.reason}); the run {_saved_before_the_end(run, state)}; the same command goes on")
                 raise SystemExit(EXIT_CODE) from None
+        _finish_save(run, wait=True)
 
 
 def _iterate(run: Run, iteration: int) -> None:
@@ -63,6 +64,8 @@ def _iterate(run: Run, iteration: int) -> None:
     if run.baselines is not None:
         episodes = run.baselines.apply(episodes)
     trajectories = game.trajectories(episodes, config.game, version=str(iteration - 1))
+    with timer.phase("save"):
+        _finish_save(run, wait=False)
     with timer.phase("wake"):
         woken = _to_policy(run)
     with timer.phase("train"):
@@ -81,11 +84,17 @@ def _iterate(run: Run, iteration: int) -> None:
         _warn_of_drift(run, update)
     if run.checkpointer.is_due(iteration, config.train.iterations):
         # After the log, which a resumed run cuts to the checkpoint: what is saved is also written. Its seconds are the
-        # next iteration's.
+        # next iteration's, and so are those in which it is written: while passages are played.
         with timer.phase("save"):
-            saved = run.checkpointer.save(run.policy, run.state(iteration))
-        run.saved = iteration
-        run.say(f"saved {saved} in {timer.metrics()['seconds/save']:.1f} s")
+            _finish_save(run, wait=True)
+            run.checkpointer.begin(run.policy, run.state(iteration))
+
+
+def _finish_save(run: Run, wait: bool) -> None:
+    """Makes a checkpoint of what has been written meanwhile."""
+    if (saved := run.checkpointer.finish(wait)) is not None:
+        run.saved = checkpoints.iteration_of(saved)
+        run.say(f"saved {saved}")
 
 
 def _play(run: Run, iteration: int) -> tuple[list[Episode], dict[str, float]]:
@@ -159,6 +168,7 @@ def _saved_before_the_end(run: Run, state: dict[str, Any]) -> str:
     dist.barrier()
     if not run.policy.is_awake:
         run.policy.wake()
+    _finish_save(run, wait=True)
     iteration = state["iteration"]
     if iteration > run.saved:
         run.checkpointer.save(run.policy, state)

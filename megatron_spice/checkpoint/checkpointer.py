@@ -7,7 +7,9 @@ resumed run, unless `rollout.deterministic` gives each completion its seed: they
 
 from __future__ import annotations
 
+import copy
 import queue
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +17,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_spice.checkpoint import store
+from megatron_spice.checkpoint.background import BackgroundWrite
 from megatron_spice.checkpoint.hf_files import copy_small_files
 from megatron_spice.config.schema import CheckpointConfig
 
@@ -29,6 +33,15 @@ class Trainable(Protocol):
     def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]: ...
 
     def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is under way."""
+
+    write: BackgroundWrite
+    partial: Path
+    state: dict[str, Any]
 
 
 class Checkpointer:
@@ -44,6 +57,7 @@ class Checkpointer:
         self.config = config
         self.hf_files = hf_files
         self.is_writer = is_writer
+        self._pending: _Pending | None = None
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint to resume from, None for a fresh start (or with checkpoint.resume=never)."""
@@ -56,30 +70,59 @@ class Checkpointer:
         """Whether iteration `iteration` (from 1) of `last` ends with a save."""
         return iteration % self.config.every == 0 or iteration == last
 
-    def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
-        """Saves policy and run state (`state["iteration"]` names the folder) so that it is there whole or not at all."""
+    def begin(self, policy: Trainable, state: dict[str, Any]) -> None:
+        """Copies policy and run state (`state["iteration"]` names the folder) and begins to write them; the policy may change
+        from here on. One save at a time: none may be under way."""
+        assert self._pending is None, "a save is under way"
         iteration = state["iteration"]
         partial = self.folder / f"{store.name_of(iteration)}.partial"
         if self.is_writer:
             store.begin(self.folder, iteration)
-        dist.barrier()
-        save_tensors(policy, partial / store.WEIGHTS, with_optimizer=True)
-        dist.barrier()
-        if self.is_writer:
             copy_small_files(self.hf_files, partial / store.HF)
-            store.finish(partial, state, self.config.keep)
         dist.barrier()
-        return self.folder / store.name_of(iteration)
+        request = dist_checkpointing.save(_tensors(policy, True), str(partial / store.WEIGHTS), async_sharded_save=True)
+        self._pending = _Pending(BackgroundWrite(request), partial, copy.deepcopy(state))
+
+    def finish(self, wait: bool) -> Path | None:
+        """The checkpoint that was begun, once all of it is on disk, and then it is there whole; None while it is not (with
+        `wait` never), or when none was begun.
+
+        Raises:
+            OSError: it could not be written, on any rank. What was saved before is still there.
+        """
+        if self._pending is None or not (wait or self._pending.write.is_written()):
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            pending.write.finish()
+        except CheckpointException as error:
+            reasons = ", ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values())) or "another rank says why"
+            raise OSError(f"{pending.partial} could not be written: {reasons}; earlier checkpoints are still there") from error
+        if self.is_writer:
+            store.finish(pending.partial, pending.state, self.config.keep)
+        dist.barrier()
+        return pending.partial.with_suffix("")
+
+    def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
+        """`begin` and `finish` at once."""
+        self.begin(policy, state)
+        saved = self.finish(wait=True)
+        assert saved is not None
+        return saved
 
 
 def save_tensors(policy: Trainable, folder: Path, with_optimizer: bool) -> None:
     """Writes the weights, and the optimiser if wanted, into an existing empty folder."""
+    dist_checkpointing.save(_tensors(policy, with_optimizer), str(folder))
+
+
+def _tensors(policy: Trainable, with_optimizer: bool) -> dict[str, Any]:
     model_state = policy.model_state()
     state = {"model": model_state}
     if with_optimizer:
         state["optimizer"] = policy.optimizer_state(model_state)
     _keep_results_here()
-    dist_checkpointing.save(state, str(folder))
+    return state
 
 
 def _keep_results_here() -> None:

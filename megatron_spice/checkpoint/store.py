@@ -28,6 +28,10 @@ def name_of(iteration: int) -> str:
     return f"iteration_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    return int(NAME.fullmatch(checkpoint.name)[1])
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
@@ -44,7 +48,7 @@ def folder_of(run_dir: Path) -> Path:
 def newest_iteration(run_dir: Path) -> int:
     """The iteration of a run's newest whole checkpoint, 0 if it has none."""
     whole = whole_checkpoints(folder_of(run_dir))
-    return int(NAME.fullmatch(whole[-1].name)[1]) if whole else 0
+    return iteration_of(whole[-1]) if whole else 0
 
 
 def begin(folder: Path, iteration: int) -> Path:

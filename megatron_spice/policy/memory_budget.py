@@ -130,10 +130,13 @@ def _policy(
         copies = round(2 * SCALE * sum(count for layer, count in held.linear.items() if layer in inside))
         parts.append(Part("FP8 copies of weights", copies, at_rest * copies, at_rest * copies))  # by rows and by columns
     reference = 0 if policy.kl_coefficient is None else weights
+    saved = weights // layout.data + state  # one of those that hold the same weights writes them
     if not cuda:
+        parts.append(Part("a checkpoint being written", 0, saved, saved))
         return [*parts, _always("reference weights", reference), _always("ranks' processes", POLICY_CONTEXT["cpu"])], {}
     host = {
         "copies of what sleeps": weights + state - away if sleeps else 0,
+        "a checkpoint being written": saved,
         "reference weights": reference,
         "offloaded optimiser": away * 16 // 12,  # and gradients for it
     }

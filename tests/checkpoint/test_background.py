@@ -1,0 +1,35 @@
+"""A checkpoint is what the run was when it was begun, however the run goes on while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from small_models import make_model, some_trajectories
+
+from megatron_spice.checkpoint import store
+
+ON_RANKS = Path(__file__).with_name("background_on_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "hf", "qwen3", tied=True)
+
+
+def test_a_run_that_goes_on_while_it_is_saved(model, tmp_path):
+    """Data parallel: the optimiser is divided among the ranks."""
+    for found in run_ranks(2, ON_RANKS, "save_while_learning", model, tmp_path / "run", some_trajectories(), {}):
+        assert found["early"] is None, "the disk was to be slow"
+        assert found["again"] == found["then"], "the checkpoint holds what the policy became later"
+    [whole] = store.whole_checkpoints(store.folder_of(tmp_path / "run"))
+    assert store.read_state(whole) == {"iteration": 1, "counter": {"drawn": 7}}
+
+
+def test_a_rank_that_cannot_write_ends_the_save_on_all(model, tmp_path):
+    ranks = run_ranks(2, ON_RANKS, "save_to_a_full_disk", model, tmp_path / "run", {"pipeline_parallel_size": 2})
+    for found in ranks:
+        assert "iteration_0000002.partial could not be written" in found and "earlier checkpoints are still there" in found
+    assert any("File too large" in found for found in ranks)
+    assert [path.name for path in store.whole_checkpoints(store.folder_of(tmp_path / "run"))] == ["iteration_0000001"]
