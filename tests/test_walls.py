@@ -23,6 +23,7 @@ FLOORS = {
     "rollout": 3,
     "checkpoint": 3,
     "weights": 4,
+    "convert": 5,
     "policy": 5,
     "tools": 5,
     "machine": 6,
@@ -38,6 +39,7 @@ BESIDE = {
     ("game", "config"),
     ("corpus", "config"),
     ("corpus", "game"),  # the records that flow: passages, prompts
+    ("tools", "convert"),
     ("tools", "policy"),
     ("tools", "machine"),  # benchmarks say on what they ran
     ("doctor", "machine"),

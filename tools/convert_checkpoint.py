@@ -1,90 +1,183 @@
-"""Converts checkpoints between Hugging Face folders and Megatron's torch_dist format, which is free of any layout.
+#!/usr/bin/env python3
+"""Checkpoints between Hugging Face folders and Megatron, tensor by tensor, in several processes.
 
-    python tools/convert_checkpoint.py hf-to-megatron SOURCE TARGET
-    python tools/convert_checkpoint.py megatron-to-hf SOURCE TARGET
+    python tools/convert_checkpoint.py hf-to-megatron HF_FOLDER TARGET
+    python tools/convert_checkpoint.py megatron-to-hf runs/NAME/checkpoints/iteration_0000010 TARGET --dtype fp8
+    python tools/convert_checkpoint.py hf-to-megatron HF_FOLDER TARGET --format mp_rank --tensor-parallel-size 8
+    python tools/convert_checkpoint.py megatron-to-hf MEGATRON_LM_FOLDER TARGET --hf HF_FOLDER
+    python tools/convert_checkpoint.py inspect FOLDER --tensors
+    python tools/convert_checkpoint.py compare ONE OTHER
 
-Both directions read the one name table of `megatron_spice/weights/names.py`, the same that training syncs by. SOURCE of
-megatron-to-hf is what hf-to-megatron made, or any checkpoint of a run (`runs/NAME/checkpoints/iteration_0000010`).
+Megatron here is torch_dist, which is free of any layout and what `policy.model` takes, or mp_rank, Megatron-LM's files for
+each rank. Both directions read the one name table of `megatron_spice/weights/names.py`, the same that training syncs by. Memory
+is that of a few tensors for each process. TARGET appears when it is whole; a conversion that was stopped goes on
+when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_spice.checkpoint import hf_files, store  # noqa: E402
-from megatron_spice.cluster import platform  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
-from megatron_spice.config.hf import read_architecture  # noqa: E402
+
+DEGREES = ("tensor", "pipeline", "virtual_pipeline", "expert")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one conversion; exit code 2 with a message when the source or the target is not what it must be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run in (("hf-to-megatron", to_megatron), ("megatron-to-hf", to_hf)):
-        command = commands.add_parser(name)
-        command.add_argument("source", type=Path)
-        command.add_argument("target", type=Path)
-        command.set_defaults(run=run)
-    options = parser.parse_args(arguments)
-    started = time.perf_counter()
+    """Runs one command. Exit code 2 with a message when something is not what it must be; 1 when `compare` finds differences."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stopped)
     try:
-        if options.target.exists():
-            raise ValueError(f"{options.target} exists; remove it or name another target")
-        options.run(options.source, options.target)
-    except (ValueError, FileNotFoundError, ConfigError) as error:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("convert_checkpoint: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads what `inspect` or `compare` print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError, ConfigError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
-    print(f"{options.target} written in {time.perf_counter() - started:.1f} s")
+
+
+def _stopped(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help in (
+        ("hf-to-megatron", to_megatron, "a Hugging Face folder (or another Megatron format) to a Megatron checkpoint"),
+        ("megatron-to-hf", to_hf, "a Megatron checkpoint (or another Hugging Face folder) to a Hugging Face folder"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("source", type=Path)
+        command.add_argument("target", type=Path)
+        command.add_argument("--hf", type=Path, help="Hugging Face folder with config.json and tokenizer, if SOURCE has none")
+        command.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
+        command.set_defaults(run=run, command=name)
+        if run is to_hf:
+            command.add_argument("--dtype", choices=["float32", "bfloat16", "fp8"], help="default: as stored; fp8 is in blocks of 128 x 128")
+            command.add_argument("--shard-size", type=_bytes, default=5 * 10**9, help="largest shard, such as 5GB (the default)")
+        else:
+            _add_layout(command)
+    show = commands.add_parser("inspect", help="what a checkpoint of any kind holds")
+    show.add_argument("folder", type=Path)
+    show.add_argument("--hf", type=Path, help="as above")
+    show.add_argument("--tensors", action="store_true", help="every tensor with its shape and precision")
+    show.set_defaults(run=inspect)
+    compare = commands.add_parser("compare", help="two checkpoints of any kinds, tensor by tensor")
+    compare.add_argument("one", type=Path)
+    compare.add_argument("other", type=Path)
+    compare.add_argument("--hf", type=Path, help="as above")
+    compare.set_defaults(run=compare_two)
+    return parser
+
+
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    command.add_argument("--format", choices=["torch_dist", "mp_rank"], default="torch_dist", help="default: torch_dist")
+    layout = command.add_argument_group("the ranks of --format mp_rank")
+    for degree in DEGREES:
+        layout.add_argument(f"--{degree.replace('_', '-')}-parallel-size", type=_positive, default=1)
+    layout.add_argument("--transformer-impl", choices=["local", "transformer_engine"], default="transformer_engine")
+
+
+def to_megatron(options: argparse.Namespace) -> int:
+    """A Hugging Face folder to torch_dist or mp_rank."""
+    from megatron_spice.convert.find import open_source
+
+    source = _cast(open_source(options.source, options.hf), options.dtype)
+    asked = {"command": options.command, "format": options.format, "dtype": options.dtype}
+    degrees = [getattr(options, f"{degree}_parallel_size") for degree in DEGREES]
+    if options.format == "mp_rank":
+        from megatron_spice.convert.mp_rank_layout import make_layout
+        from megatron_spice.convert.mp_rank_target import MpRankTarget
+
+        layout = make_layout(source.architecture, *degrees)
+        target = MpRankTarget(source, layout, options.transformer_impl)
+        return _convert(options, source, target, {**asked, "layout": degrees, "transformer_impl": options.transformer_impl})
+    if max(degrees) > 1:
+        raise ValueError("torch_dist is free of any layout: parallel sizes are for --format mp_rank; leave them out")
+    from megatron_spice.convert.torch_dist_target import TorchDistTarget
+
+    return _convert(options, source, TorchDistTarget(source), asked)
+
+
+def to_hf(options: argparse.Namespace) -> int:
+    """Any checkpoint to a Hugging Face folder."""
+    from megatron_spice.convert.find import open_source
+    from megatron_spice.convert.hf_target import HFTarget
+
+    source = _cast(open_source(options.source, options.hf), "bfloat16" if options.dtype == "fp8" else options.dtype)
+    target = HFTarget(source, options.dtype == "fp8", options.shard_size)
+    asked = {"command": options.command, "dtype": options.dtype, "shard_size": options.shard_size}
+    return _convert(options, source, target, asked)
+
+
+def _cast(source: Any, dtype: str | None) -> Any:
+    import torch
+
+    from megatron_spice.convert.source import Cast
+
+    return source if dtype is None else Cast(source, getattr(torch, dtype))
+
+
+def _convert(options: argparse.Namespace, source: Any, target: Any, asked: dict[str, Any]) -> int:
+    from megatron_spice.convert.job import convert
+
+    started = time.perf_counter()
+    num_bytes = convert(source, target, options.target, asked, options.processes, options.command)
+    seconds = time.perf_counter() - started
+    print(f"{options.target}: {num_bytes / 1e9:.2f} GB written in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
     return 0
 
 
-def to_megatron(source: Path, target: Path) -> None:
-    """A Hugging Face folder to a checkpoint with weights only, in the precision that its tensors have."""
-    architecture = read_architecture(source)
-    platform.prepare("cpu")
-    from megatron_spice.policy.whole_model import WholeModel
-    from megatron_spice.weights.hf_folder import HFTensors
+def inspect(options: argparse.Namespace) -> int:
+    """What a checkpoint holds."""
+    from megatron_spice.convert import inspect
+    from megatron_spice.convert.find import open_source
 
-    with WholeModel(architecture, source, HFTensors(source).dtype) as model:
-        model.load_hf(source)
-        partial = _partial(target)
-        (partial / store.WEIGHTS).mkdir()
-        model.save(partial / store.WEIGHTS)
-        hf_files.copy_small_files(source, partial / store.HF)
-        partial.rename(target)
+    for line in inspect.lines(open_source(options.folder, options.hf), options.tensors):
+        print(line)
+    return 0
 
 
-def to_hf(source: Path, target: Path) -> None:
-    """A checkpoint's weights to a Hugging Face folder, in the precision that the checkpoint has."""
-    if not store.is_megatron(source):
-        raise ValueError(f"{source} is not a checkpoint: it must hold {store.WEIGHTS}/ and {store.HF}/")
-    architecture = read_architecture(source)
-    platform.prepare("cpu")
-    from megatron_spice.policy.whole_model import WholeModel
-    from megatron_spice.weights.hf_folder import write_hf_folder
+def compare_two(options: argparse.Namespace) -> int:
+    """0 if all tensors have the same bits, 1 with the differences if not."""
+    from megatron_spice.convert.compare import differences
+    from megatron_spice.convert.find import open_source
 
-    dtype = WholeModel.dtype_of(source)
-    with WholeModel(architecture, source, dtype) as model:
-        model.load(source)
-        partial = _partial(target)
-        write_hf_folder(model.hf_tensors(), source / store.HF, partial)
-        hf_files.set_dtype(partial, str(dtype).removeprefix("torch."))
-        partial.rename(target)
+    one, other = (open_source(folder, options.hf) for folder in (options.one, options.other))
+    count = 0
+    for count, difference in enumerate(differences(one, other), 1):  # noqa: B007
+        print(difference)
+    print(f"{count} differences" if count else f"the same bits in all {sum(len(entry.hf) for entry in one.entries)} tensors")
+    return 1 if count else 0
 
 
-def _partial(target: Path) -> Path:
-    """A fresh folder beside the target, which takes the target's name once it is whole."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """`5GB`, `500MB` (powers of ten, as Hugging Face counts), `5GiB`, or plain bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,12 @@ def fp8_layers(policy: PolicyConfig, num_layers: int) -> range:
 
 def quantization_config(policy: PolicyConfig, architecture: ModelArchitecture) -> dict[str, Any]:
     """What an engine with FP8 weights is told of them: `quantization_config` of a Hugging Face `config.json`."""
-    inside = fp8_layers(policy, architecture.num_layers)
-    kept = [f"model.layers.{layer}" for layer in range(architecture.num_layers) if layer not in inside]
+    return block_fp8(architecture, fp8_layers(policy, architecture.num_layers))
+
+
+def block_fp8(architecture: ModelArchitecture, layers: range) -> dict[str, Any]:
+    """The `quantization_config` of a model whose linears in `layers` are FP8 numbers with a factor for each block."""
+    kept = [f"model.layers.{layer}" for layer in range(architecture.num_layers) if layer not in layers]
     router = ["mlp.gate"] if architecture.num_experts else []
     return {
         "quant_method": "fp8",

@@ -225,11 +225,20 @@ def read_architecture(model: Path) -> ModelArchitecture:
     Raises:
         ConfigError: nothing readable there, or an architecture that is not supported.
     """
-    path = hugging_face_folder(Path(model)) / "config.json"
+    return ModelArchitecture.from_config(*read_config(hugging_face_folder(Path(model))))
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """The parsed `config.json` of a Hugging Face folder, and its path for messages.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; copy it again from the model's source") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}, not an object; copy it again from the model's source")
-    return ModelArchitecture.from_config(config, str(path))
+    return config, str(path)

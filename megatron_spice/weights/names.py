@@ -109,14 +109,20 @@ def _expert_entries(architecture: ModelArchitecture, layer: int) -> list[Entry]:
 
 
 def split_for_rank(
-    entry: Entry, tensors: Sequence[torch.Tensor], architecture: ModelArchitecture, rank: int, size: int
+    entry: Entry,
+    tensors: Sequence[torch.Tensor],
+    architecture: ModelArchitecture,
+    rank: int,
+    size: int,
+    cut_experts: bool = False,
 ) -> torch.Tensor:
     """The slice of one Megatron tensor that tensor-parallel rank `rank` of `size` holds.
 
     Args:
         tensors: the Hugging Face tensors, in the order of `entry.hf`.
+        cut_experts: experts are cut too, as Megatron-LM does unless it is told otherwise.
     """
-    if entry.expert is not None:
+    if entry.expert is not None and not cut_experts:
         rank, size = 0, 1
     if entry.kind == "replicated":
         return tensors[0]
@@ -130,14 +136,14 @@ def split_for_rank(
 
 
 def merge_ranks(
-    entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture
+    entry: Entry, slices: Sequence[torch.Tensor], architecture: ModelArchitecture, cut_experts: bool = False
 ) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors made of every tensor-parallel rank's slice, in order of rank; `split_for_rank` undone. They may
     be views of the slices; the rows of queries, keys and values are in two dimensions, [group, row], of one such view.
 
     Where every rank holds all of it (norms, the router, an expert) one slice is enough.
     """
-    if entry.expert is not None:
+    if entry.expert is not None and not cut_experts:
         slices = slices[:1]
     if entry.kind == "replicated":
         return {entry.hf[0]: slices[0]}
@@ -180,6 +186,20 @@ def hf_shapes(entry: Entry, architecture: ModelArchitecture) -> dict[str, tuple[
         shape = rows.get(module, (a.hidden_size,))
         shapes[name] = shape[:1] if leaf == "bias" else shape
     return shapes
+
+
+def rank_shape(entry: Entry, architecture: ModelArchitecture, size: int, cut_experts: bool = False) -> tuple[int, ...]:
+    """The shape of what `split_for_rank` gives each of `size` tensor-parallel ranks."""
+    shapes = list(hf_shapes(entry, architecture).values())
+    rows, *rest = shapes[0]
+    if entry.kind == "replicated":
+        return shapes[0]
+    size = 1 if entry.expert is not None and not cut_experts else size
+    if entry.kind == "row":
+        return rows, rest[0] // size
+    if entry.kind == "vocabulary":
+        return padded_vocabulary(rows, size) // size, *rest
+    return sum(shape[0] for shape in shapes) // size, *rest
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

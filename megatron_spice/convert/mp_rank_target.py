@@ -1,0 +1,126 @@
+"""Writing Megatron-LM's files for each rank (`convert/mp_rank_layout.py` says how they look).
+
+`torch.save` first makes each file without its numbers (`skip_data`: it leaves room for them), then every tensor is read
+once, split, and each slice put where it belongs in each rank's file. So a file of any size costs the memory of one tensor,
+and several processes fill all files together. There are no CRCs, which torch does not look at; `unzip` would complain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.convert.find import TRACKER
+from megatron_spice.convert.mp_rank_layout import (
+    FILE,
+    RELEASE,
+    VERSION,
+    Seat,
+    arguments,
+    chunk_keys,
+    folder_name,
+    key_of,
+    seats,
+)
+from megatron_spice.convert.source import Source
+from megatron_spice.convert.target import Advance, Part, make_parts, write_at
+from megatron_spice.weights.names import Entry, rank_shape, split_for_rank
+from megatron_spice.weights.stage import Key, Stage
+
+_LINEAR = ("qkv", "row", "gated")
+
+
+class MpRankTarget:
+    """A `release` as Megatron-LM loads it with the same degrees.
+
+    Args:
+        implementation: `local` or `transformer_engine`, whose layers name some parameters otherwise.
+    """
+
+    def __init__(self, source: Source, layout: ParallelLayout, implementation: str) -> None:
+        self.source, self.layout, self.implementation = source, layout, implementation
+        self.architecture = source.architecture
+        self._seats = list(seats(layout))
+        self._holders: dict[Entry, list[tuple[Seat, Key]]] = {entry: [] for entry in source.entries}
+        for seat in self._seats:
+            stage = self._stage(seat)
+            for entry in source.entries:
+                key = key_of(entry, stage, implementation)
+                if key is not None:
+                    self._holders[entry].append((seat, key))
+        self.parts = make_parts([(entry, self._num_bytes(entry)) for entry in source.entries])
+        self._offsets: dict[Seat, dict[Key, int]] = {}
+
+    def _stage(self, seat: Seat) -> Stage:
+        return Stage(seat.pipeline, self.layout, seat.expert, self.architecture.num_experts)
+
+    def _shape(self, entry: Entry) -> tuple[int, ...]:
+        return rank_shape(entry, self.architecture, self.layout.tensor, cut_experts=True)
+
+    def _num_bytes(self, entry: Entry) -> int:
+        return torch.Size(self._shape(entry)).numel() * self.source.dtype(entry).itemsize * len(self._holders[entry])
+
+    def _path(self, folder: Path, seat: Seat) -> Path:
+        return folder / RELEASE / folder_name(seat, self.layout) / FILE
+
+    def prepare(self, folder: Path) -> None:
+        for seat in self._seats:
+            path = self._path(folder, seat)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with torch.serialization.skip_data():
+                torch.save(self._state(seat), path)
+
+    def _state(self, seat: Seat) -> dict[str, Any]:
+        """A rank's file, with tensors whose memory nobody has touched."""
+        chunks: list[OrderedDict[str, Any]] = [OrderedDict() for _ in range(self.layout.virtual)]
+        for entry in self.source.entries:
+            for holder, (chunk, name) in self._holders[entry]:
+                if holder == seat:
+                    chunks[chunk][name] = torch.empty(self._shape(entry), dtype=self.source.dtype(entry))
+                    if entry.kind in _LINEAR and name.endswith("weight"):
+                        chunks[chunk][name.removesuffix("weight") + "_extra_state"] = None
+        dtype = str(self.source.dtype(self.source.entries[0])).removeprefix("torch.")
+        args = arguments(self.architecture, self.layout, dtype, self.implementation)
+        return {"args": args, "checkpoint_version": VERSION, "iteration": 0} | dict(zip(chunk_keys(self.layout.virtual), chunks))
+
+    def open(self, folder: Path) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
+        for seat in self._seats:
+            with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(self._path(folder, seat), weights_only=True)
+            self._offsets[seat] = {
+                (chunk, name): tensor.untyped_storage()._checkpoint_offset
+                for chunk, key in enumerate(chunk_keys(self.layout.virtual))
+                for name, tensor in state[key].items()
+                if tensor is not None
+            }
+
+    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Any:
+        files: dict[Seat, int] = {}
+        try:
+            for entry in part.entries:
+                tensors = list(source.read(entry).values())
+                for rank in range(self.layout.tensor):
+                    mine = split_for_rank(entry, tensors, self.architecture, rank, self.layout.tensor, cut_experts=True).contiguous()
+                    for seat, key in self._holders[entry]:
+                        if seat.tensor == rank:
+                            if seat not in files:
+                                files[seat] = os.open(self._path(folder, seat), os.O_WRONLY)
+                            write_at(files[seat], mine, self._offsets[seat][key], advance)
+            for descriptor in files.values():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+        return None
+
+    def finish(self, folder: Path, records: Sequence[Any]) -> None:
+        (folder / TRACKER).write_text(RELEASE)

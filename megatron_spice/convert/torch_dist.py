@@ -1,0 +1,288 @@
+"""Megatron's torch_dist format: what its files call the name table's entries, and reading them one by one.
+
+A folder holds `.metadata`, a pickle that says for each key its shape, its chunks and where in the `.distcp` files each chunk
+lies; a chunk is what `torch.save` makes of one tensor. Layers are stacked: all layers' tensors of a kind share one key and
+have the layer as their first dimension, experts as their second, and a chunk has one layer and one expert of them.
+
+    decoder.layers.self_attention.linear_qkv.weight     [layers, q + k + v, hidden], rows as in `weights/names.py`
+    decoder.layers.mlp.linear_fc1.weight                [layers, 2 f, hidden]: the whole gate, then the whole up projection
+    decoder.layers.mlp.experts.experts.linear_fc1.weight [layers, experts, 2 f, hidden]
+
+So nothing depends on the layout of the ranks that wrote it but the padding of the vocabulary. `.metadata` is unpickled with
+nothing but the classes of such files: a pickle can otherwise run whatever it likes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import pickle
+import struct
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_spice.config.hf import ModelArchitecture, read_architecture
+from megatron_spice.convert.source import check_dtype, merge
+from megatron_spice.weights.names import Entry, hf_shapes, rank_shape, table
+
+METADATA = ".metadata"
+BESIDE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "dataloader_state")
+"""How keys begin that are not the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where an entry is: a key, and its numbers in the stacked dimensions."""
+
+    key: str
+    index: tuple[int, ...]
+
+
+def spot(entry: Entry) -> Spot:
+    """Megatron's key of an entry. It is that of Transformer Engine's layers whatever layers wrote it."""
+    name = entry.names[-1]
+    if entry.layer is None:
+        return Spot(name, ())
+    key = name.replace("layers.{layer}.", "layers.")
+    if entry.expert is None:
+        return Spot(key, (entry.layer,))
+    return Spot(key.replace("{expert}", "").replace("mlp.experts.", "mlp.experts.experts."), (entry.layer, entry.expert))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a key's tensor, and where it lies."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class TorchDistSource:
+    """Weights of a torch_dist folder; an optimiser's state beside them is not read.
+
+    Args:
+        folder: with `.metadata` in it.
+        hf: with config.json and tokenizer.
+
+    Raises:
+        ValueError: not such a folder, or its keys and shapes do not fit config.json.
+    """
+
+    kind = "torch_dist"
+
+    def __init__(self, folder: Path, hf: Path) -> None:
+        self.folder, self.hf = folder, hf
+        self.architecture: ModelArchitecture = read_architecture(hf)
+        self.entries = table(self.architecture)
+        metadata = read_metadata(folder / METADATA)
+        self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self._spots = {entry: spot(entry) for entry in self.entries}
+        self._chunks = self._find_chunks(metadata)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._check()
+        self.paths = [folder / METADATA, *sorted({folder / c.file for cs in self._chunks.values() for c in cs}), hf / "config.json"]
+        self._check_files()
+
+    def _find_chunks(self, metadata: Any) -> dict[Spot, list[Chunk]]:
+        """The chunks of each place in the stack, of the model's keys only."""
+        stacked = {spot.key: len(spot.index) for spot in self._spots.values()}
+        where = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items() if index.fqn in stacked}
+        found: dict[Spot, list[Chunk]] = defaultdict(list)
+        for key, depth in stacked.items():
+            for chunk in self._tensors[key].chunks if key in self._tensors else ():
+                info = where.get((key, chunk.offsets))
+                if info is None or chunk.sizes[:depth] != torch.Size([1] * depth):
+                    raise ValueError(f"{self.folder}: the chunk of {key} at {tuple(chunk.offsets)} is not one that Megatron writes")
+                place = Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
+                found[Spot(key, place.offsets[:depth])].append(place)
+        return found
+
+    def _check(self) -> None:
+        keys = {spot.key for spot in self._spots.values()}
+        missing = sorted(keys - set(self._tensors))
+        extra = sorted(key for key in set(self._tensors) - keys if not key.startswith(BESIDE))
+        if missing or extra:
+            raise ValueError(
+                f"{self.folder}: keys do not match the {self.architecture.family} architecture of {self.hf / 'config.json'}; "
+                f"missing {missing[:5]} ({len(missing)} in all), unexpected {extra[:5]} ({len(extra)} in all)"
+            )
+        sizes = {key: [n + 1 for n in max(s.index for s in self._spots.values() if s.key == key)] for key in keys}
+        for entry, place in self._spots.items():
+            check_dtype(self.dtype(entry), place.key, self.folder)
+            found = tuple(self._tensors[place.key].size)
+            wanted = (*sizes[place.key], *rank_shape(entry, self.architecture, 1))
+            rows = len(place.index)
+            same = found[:rows] == wanted[:rows] and found[rows + 1 :] == wanted[rows + 1 :] and len(found) == len(wanted)
+            real = self.architecture.vocab_size
+            if not same or (found[rows] < real if entry.kind == "vocabulary" else found[rows] != wanted[rows]):
+                raise ValueError(f"{self.folder}: {place.key} has shape {found}, {self.hf / 'config.json'} says {wanted}")
+            covered = sum(math.prod(chunk.sizes) for chunk in self._chunks[place])
+            if covered != math.prod(found[rows:]):
+                raise ValueError(f"{self.folder}: {place.key} {list(place.index)} is not whole: {covered} of its numbers are there")
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = defaultdict(int)
+        for chunk in (chunk for chunks in self._chunks.values() for chunk in chunks):
+            if Path(chunk.file).name != chunk.file:
+                raise ValueError(f"{self.folder}: {METADATA} names a file outside of its folder: {chunk.file}")
+            ends[chunk.file] = max(ends[chunk.file], chunk.start + chunk.length)
+        for file, end in ends.items():
+            path = self.folder / file
+            if not path.exists() or path.stat().st_size < end:
+                size = f"has {path.stat().st_size} bytes" if path.exists() else "is not there"
+                raise ValueError(f"{path} {size}, {METADATA} says that at least {end} bytes are; copy the folder again")
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self._tensors[self._spots[entry].key].properties.dtype
+
+    def read(self, entry: Entry) -> Mapping[str, torch.Tensor]:
+        place = self._spots[entry]
+        if entry.kind == "gated":  # gate and up are chunks of their own where one rank wrote them
+            ends = accumulate((shape[0] for shape in hf_shapes(entry, self.architecture).values()), initial=0)
+            return {name: self._rows(place, *ends) for name, ends in zip(entry.hf, pairwise(ends))}
+        rows = self._tensors[place.key].size[len(place.index)]
+        whole = self._rows(place, 0, self.architecture.vocab_size if entry.kind == "vocabulary" else rows)
+        return merge(entry, [whole], self.architecture)
+
+    def _rows(self, place: Spot, first: int, last: int) -> torch.Tensor:
+        """Rows of an entry: a view of the file if one chunk has them all."""
+        meta, depth = self._tensors[place.key], len(place.index)
+        shape = (last - first, *meta.size[depth + 1 :])
+        rows = None
+        for chunk in self._chunks[place]:
+            (offset, *offsets), (count, *sizes) = chunk.offsets[depth:], chunk.sizes[depth:]
+            begin, end = max(first, offset), min(last, offset + count)
+            if begin >= end:
+                continue
+            part = self._load(chunk, meta.properties.dtype).reshape(count, *sizes)[begin - offset : end - offset]
+            if part.shape == shape:
+                return part
+            rows = torch.empty(shape, dtype=part.dtype) if rows is None else rows
+            view = rows[begin - first : end - first]
+            for dimension, (start, size) in enumerate(zip(offsets, sizes), 1):
+                view = view.narrow(dimension, start, size)
+            view.copy_(part)
+        return rows
+
+    def _load(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
+        path = self.folder / chunk.file
+        try:
+            return saved_tensor(self._files(chunk.file), chunk.start, chunk.length, dtype)
+        except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged at byte {chunk.start}: {error}") from error
+
+    def _files(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with open(self.folder / file, "rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+    def describe(self) -> list[str]:
+        files = [path for path in self.paths if path.suffix == ".distcp"]
+        beside = sorted(key for key in self._tensors if key.startswith(BESIDE))
+        lines = [f"any layout; {len(files)} .distcp file{'s' * (len(files) > 1)} with weights"]
+        return lines + ([f"beside the weights: {len(beside)} tensors of the optimiser's state"] if beside else [])
+
+
+def saved_tensor(file: mmap.mmap, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """What `torch.save` wrote into the middle of a file, as a view of it.
+
+    `torch.load` would copy the numbers, which takes as long as writing them again. So it is asked for all but them, and they
+    are looked up in the zip archive that `torch.save` makes, where they lie uncompressed.
+    """
+    stream = _Window(file, start, length)
+    shape = torch.load(stream, map_location="meta", weights_only=True)
+    if shape.dtype != dtype:
+        raise ValueError(f"a tensor of {shape.dtype}, which should be {dtype}")
+    stream.seek(0)
+    [data] = [info for info in zipfile.ZipFile(stream).infolist() if "/data/" in info.filename]
+    header = start + data.header_offset
+    name, extra = struct.unpack_from("<HH", file, header + 26)
+    offset = header + 30 + name + extra
+    if data.compress_type != zipfile.ZIP_STORED or offset + data.file_size > start + length:
+        raise ValueError("it is not as torch.save writes it")
+    storage = torch.frombuffer(memoryview(file)[offset : offset + data.file_size], dtype=dtype)
+    return storage.as_strided(shape.shape, shape.stride(), shape.storage_offset())
+
+
+class _Window(io.RawIOBase):
+    """Part of a mapped file as a file."""
+
+    def __init__(self, file: mmap.mmap, start: int, length: int) -> None:
+        self._bytes = memoryview(file)[start : start + length]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), len(self._bytes) - self._at)
+        buffer[:count] = self._bytes[self._at : self._at + count]
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._bytes))[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch": {"Size", "device", "float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "uint8", "int8", "int32", "int64", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}
+"""What `.metadata` is made of: modules, and the names in them (None: all)."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("megatron."):  # versions of Megatron-Core keep their own plans in it, which nothing here needs
+            return _Foreign
+        if module in _CLASSES and (_CLASSES[module] is None or name in _CLASSES[module]) and "." not in name:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no such file does: it is damaged, or made to do harm")
+
+
+class _Foreign(SimpleNamespace):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def read_metadata(path: Path) -> Any:
+    """The `.metadata` of a torch_dist folder, without running what a pickle may hold.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.state_dict_metadata, metadata.storage_data  # noqa: B018
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not there: {path.parent} is no torch_dist checkpoint, or not a whole one") from error
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return metadata
