@@ -35,7 +35,6 @@ DEGREES = ("tensor", "pipeline", "virtual_pipeline", "expert")
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Exit code 2 with a message when something is not what it must be; 1 when `compare` finds differences."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stopped)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -181,4 +180,5 @@ def _bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped)
     sys.exit(main())
