@@ -3,10 +3,13 @@
 
     python tools/preprocess_corpus.py texts.jsonl more/ --tokenizer models/smollm2 --output corpora/texts
 
-Inputs are JSON lines with a `text` (and optionally a `source`), plain text files, folders and patterns of them. A
-corpus is bound to its tokenizer: use the folder of the model that will be trained. Running the same command again does
-nothing, as long as the inputs' paths, sizes and modification times are the same.
-Exit codes: 0 done or already there, 1 could not be written, 2 wrong arguments or inputs.
+Inputs are JSON lines with a `text` (and optionally a `source`), Parquet, Arrow, plain text, all but Parquet and Arrow also
+compressed, folders and patterns of them. A corpus is bound to its tokenizer: use the folder of the model that will be trained.
+
+All cores work. A run that was interrupted goes on when the same command is given again: what it had finished is in a folder
+beside the output. When the corpus is there, the same command does nothing, as long as the inputs' paths, sizes and modification
+times are the same.
+Exit codes: 0 done or already there, 1 could not be written or was interrupted, 2 wrong arguments or inputs.
 """
 
 from __future__ import annotations
@@ -19,71 +22,86 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_spice.corpus.build import BuildOptions, BuildProgress, build_corpus, same_request  # noqa: E402
-from megatron_spice.corpus.inputs import InputFile, find_inputs  # noqa: E402
+from megatron_spice.corpus.build import Request, build_corpus, same_request  # noqa: E402
+from megatron_spice.corpus.build_display import Display  # noqa: E402
+from megatron_spice.corpus.build_options import BuildOptions  # noqa: E402
+from megatron_spice.corpus.encoder_check import BACKENDS, choose_encoder  # noqa: E402
+from megatron_spice.corpus.inputs import find_inputs  # noqa: E402
 from megatron_spice.corpus.manifest import FILE_NAME, Manifest  # noqa: E402
+from megatron_spice.corpus.parts import first_texts  # noqa: E402
 from megatron_spice.corpus.tokenizer import TextTokenizer  # noqa: E402
-
-BAD_LINES_SHOWN = 20
+from megatron_spice.corpus.units import ReadOptions  # noqa: E402
+from megatron_spice.corpus.workers import WorkerLost, usable_cores  # noqa: E402
+from megatron_spice.corpus.workspace import finished_parts, workspace_path  # noqa: E402
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    defaults = BuildOptions()
+    defaults, reading = BuildOptions(), ReadOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl[.gz], .txt[.gz], .md, .rst, folder, pattern")
-    parser.add_argument("--tokenizer", required=True, metavar="HF_DIR", help="model folder with tokenizer.json")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="corpus folder to make")
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="longest passage [%(default)s]")
-    parser.add_argument(
-        "--min-tokens", type=int, default=defaults.min_tokens, help="shortest passage; less is left out [%(default)s]"
-    )
-    parser.add_argument(
-        "--source", action="append", default=[], metavar="NAME",
-        help="label of the texts, instead of their own `source` or file name; once, or once an input",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shard-tokens", type=int, default=defaults.shard_tokens, help="most tokens of a shard [%(default)s]"
-    )
-    parser.add_argument("--strict", action="store_true", help="end at the first broken line instead of leaving it out")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="file, folder, data set folder, or pattern")
+    add("--tokenizer", required=True, metavar="HF_DIR", help="model folder with tokenizer.json")
+    add("--output", required=True, type=Path, metavar="DIR", help="corpus folder to make")
+    add("--max-tokens", type=int, default=defaults.max_tokens, help="longest passage [%(default)s]")
+    add("--min-tokens", type=int, default=defaults.min_tokens, help="shortest passage; less is left out [%(default)s]")
+    add("--source", action="append", default=[], metavar="NAME",
+        help="label of the texts, instead of their own `source` or file name; once, or once an input")  # fmt: skip
+    add("--text-key", default=reading.text_key, help="JSON key or column of the text [%(default)s]")
+    add("--source-key", default=reading.source_key, help="JSON key or column of the source label [%(default)s]")
+    add("--shard-tokens", type=int, default=defaults.shard_tokens, help="most tokens of a shard [%(default)s]")
+    add("--strict", action="store_true", help="end at the first broken line instead of leaving it out")
+    add("--workers", type=_positive, default=usable_cores(), help="processes [%(default)s, the usable cores]")
+    add("--tokenizer-backend", choices=BACKENDS, default="auto",
+        help="auto: gigatoken if it gives the Hugging Face tokenizer's ids on a sample, else that [%(default)s]")  # fmt: skip
+    add("--task", type=_task, metavar="I/N",
+        help="make only the I-th (from 0) of N runs of the inputs, in DIR.tasks/I: one machine's share, to be merged")  # fmt: skip
+    add("--restart", action="store_true", help="throw away what an interrupted run has left")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the partial output goes
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half done goes
+    output = args.output
+    if args.task:
+        output = output.with_name(f"{output.name}.tasks") / f"{args.task[0]:05d}"
     try:
-        options = BuildOptions(args.max_tokens, args.min_tokens, args.shard_tokens)
-        tokenizer = TextTokenizer.from_dir(args.tokenizer)
-        inputs = find_inputs(args.inputs, args.source)
-        if (args.output / FILE_NAME).is_file():
-            return already_there(args.output, inputs, tokenizer, options)
-        began = time.perf_counter()
-        command = ["tools/preprocess_corpus.py", *arguments]
-        with Display(sum(file.path.stat().st_size for file in inputs)) as display:
-            manifest = build_corpus(
-                inputs, tokenizer, args.output, options,
-                command=command, on_progress=display.show, on_bad_line=display.bad_line, strict=args.strict,
-            )  # fmt: skip
-        print(summary(manifest, args.output, display.text_bytes, time.perf_counter() - began))
-        return 0
+        request = Request(
+            find_inputs(args.inputs, args.source), TextTokenizer.from_dir(args.tokenizer), output,
+            BuildOptions(args.max_tokens, args.min_tokens, args.shard_tokens),
+            ReadOptions(args.text_key, args.source_key), args.task,
+        )  # fmt: skip
+        return already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
     except (ValueError, FileNotFoundError) as error:
-        print(f"preprocess_corpus: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"preprocess_corpus: {error}; nothing was written to {args.output}", file=sys.stderr)
-        return 1
+        return complain(error, output, 2)
+    except (OSError, RuntimeError) as error:  # WorkerLost among them
+        return complain(error, output, 1)
+    except (KeyboardInterrupt, SystemExit) as ending:
+        complain("interrupted", output, 1)
+        return ending.code if isinstance(ending, SystemExit) else 128 + signal.SIGINT
 
 
-def already_there(
-    output: Path, inputs: Sequence[InputFile], tokenizer: TextTokenizer, options: BuildOptions
-) -> int:
+def build(request: Request, args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Make the corpus and say what it is."""
+    encoder, warning = choose_encoder(request.tokenizer, args.tokenizer_backend, first_texts(request.inputs, request.reading))
+    if warning:
+        print(f"preprocess_corpus: {warning}", file=sys.stderr)
+    began = time.perf_counter()
+    with Display() as display:
+        manifest = build_corpus(
+            request, encoder=encoder, workers=args.workers, command=["tools/preprocess_corpus.py", *arguments],
+            on_progress=display.show, on_bad_line=display.bad_line, strict=args.strict, restart=args.restart,
+        )  # fmt: skip
+    print(summary(manifest, request.output, display.text_bytes, time.perf_counter() - began))
+    return 0
+
+
+def already_there(request: Request) -> int:
     """Say that the corpus exists; an error when it is not the one that is asked for, or not whole."""
-    manifest = Manifest.read(output)
-    different = same_request(manifest, inputs, tokenizer, options)
+    output, manifest = request.output, Manifest.read(request.output)
+    different = same_request(manifest, request)
     if different:
         raise ValueError(
             f"{output} is a corpus made with different {' and '.join(different)} "
@@ -106,32 +124,25 @@ def summary(manifest: Manifest, output: Path, text_bytes: int, seconds: float) -
     return "\n".join(lines)
 
 
-class Display:
-    """A progress bar over the input files' bytes, and the first broken lines, on stderr."""
+def complain(what: object, output: Path, code: int) -> int:
+    """Say what was wrong and what is left of the work; the exit code."""
+    kept = finished_parts(workspace_path(output))
+    left = f"; {kept} finished parts are kept, the same command goes on with them" if kept else ""
+    print(f"preprocess_corpus: {what}; there is no {output} yet{left}" if code == 1 else f"preprocess_corpus: {what}", file=sys.stderr)
+    return code
 
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
-        self._bad_lines = 0
-        self.text_bytes = 0
 
-    def __enter__(self) -> Display:
-        return self
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        if self._bad_lines > BAD_LINES_SHOWN:
-            print(f"... and {self._bad_lines - BAD_LINES_SHOWN} more broken lines", file=sys.stderr)
 
-    def show(self, progress: BuildProgress) -> None:
-        self.text_bytes = progress.text_bytes
-        text = f"{progress.documents:,} documents, {progress.tokens / 1e6:,.1f}M tokens"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(progress.disk_bytes - self._bar.n)
-
-    def bad_line(self, message: str) -> None:
-        self._bad_lines += 1
-        if self._bad_lines <= BAD_LINES_SHOWN:
-            self._bar.write(message, file=sys.stderr)
+def _task(text: str) -> tuple[int, int]:
+    number, slash, tasks = text.partition("/")
+    if not (slash and number.isdigit() and tasks.isdigit() and int(number) < int(tasks)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1, such as 3/64")
+    return int(number), int(tasks)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Makes a corpus folder: documents in, shards, passage table and manifest out, streaming.
+"""Makes a corpus folder from texts: in parts, by several processes, in bounded memory, and so that nothing is lost.
 
-The folder is written beside its place under another name and moved there when it is whole, so whoever sees it sees all
-of it. Reading, encoding (on all cores, inside the tokenizer) and writing go block by block.
+    inputs -> units -> parts, each made by a worker and renamed when whole -> tables joined, shards renamed -> the folder renamed
+
+Whoever sees the output folder sees a whole corpus. Whatever ends a run (a signal, a full disk, a killed worker) leaves the
+finished parts in the workspace beside it, and the same request goes on with them.
 """
 
 from __future__ import annotations
@@ -10,247 +12,175 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_spice.corpus.combine import MOST_SOURCES, Piece, combine
+from megatron_spice.corpus import bad_lines
+from megatron_spice.corpus.bad_lines import read_bad_lines
+from megatron_spice.corpus.build_options import BadInput, BuildOptions
+from megatron_spice.corpus.combine import Piece, combine
+from megatron_spice.corpus.fast_encoder import Encoder, HuggingFaceEncoder
 from megatron_spice.corpus.inputs import InputFile
-from megatron_spice.corpus.manifest import PASSAGES_NAME, SHARDS_NAME, Manifest
-from megatron_spice.corpus.passages import PASSAGE_DTYPE, PassageWriter, passage_checksums
-from megatron_spice.corpus.segment import cut
-from megatron_spice.corpus.shard_table import SHARD_DTYPE, shard_prefix, write_shards
-from megatron_spice.corpus.shards import ShardWriter, ids_dtype
+from megatron_spice.corpus.manifest import Manifest
+from megatron_spice.corpus.parts import COUNTS, PartMaker, deal
 from megatron_spice.corpus.tokenizer import TextTokenizer
-from megatron_spice.corpus.units import read_unit, split_into_units
-
-BLOCK_BYTES = 4 << 20
-BLOCK_DOCUMENTS = 4096
-UNIT_BYTES = 64 << 20
-
-
-class BadInput(ValueError):
-    """A broken line under --strict, or inputs that give no corpus."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How passages are cut and shards are closed; all in tokens."""
-
-    max_tokens: int = 5992
-    min_tokens: int = 32
-    shard_tokens: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(
-                f"--min-tokens {self.min_tokens} and --max-tokens {self.max_tokens}: "
-                "the first must be at least 1 and at most the second"
-            )
-        if self.shard_tokens < 1:
-            raise ValueError(f"--shard-tokens {self.shard_tokens} must be at least 1")
+from megatron_spice.corpus.units import ReadOptions
+from megatron_spice.corpus.workers import make_parts
+from megatron_spice.corpus.workspace import workspace
 
 
 @dataclass
 class BuildProgress:
-    """What a build has done so far. `disk_bytes` is how much of the input files is read, `text_bytes` what it held."""
+    """What a build has done so far, earlier runs included: `disk_bytes` of `total_bytes` of the inputs are read."""
 
+    total_bytes: int = 0
     disk_bytes: int = 0
     text_bytes: int = 0
     documents: int = 0
     tokens: int = 0
     passages: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A corpus to be made: all that decides what comes out.
+
+    `task` (i, n): only the i-th of n runs of the inputs, for several machines.
+    """
+
+    inputs: Sequence[InputFile]
+    tokenizer: TextTokenizer
+    output: Path
+    options: BuildOptions = field(default_factory=BuildOptions)
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    task: tuple[int, int] | None = None
+
+    def described(self) -> dict:
+        """The request as JSON, to tell whether another is the same."""
+        return {
+            "tokenizer": {"hash": self.tokenizer.vocab_hash, "vocab_size": self.tokenizer.vocab_size},
+            "options": {**dataclasses.asdict(self.options), **dataclasses.asdict(self.reading)},
+            "task": list(self.task) if self.task else None,
+            "inputs": [file.identity() for file in self.inputs],
+        }
 
 
 def build_corpus(
-    inputs: Sequence[InputFile],
-    tokenizer: TextTokenizer,
-    output: Path,
-    options: BuildOptions,
+    request: Request,
     *,
+    encoder: Encoder | None = None,
+    workers: int = 1,
     command: Sequence[str] = (),
     on_progress: Callable[[BuildProgress], None] = lambda progress: None,
     on_bad_line: Callable[[str], None] = lambda message: None,
     strict: bool = False,
+    restart: bool = False,
 ) -> Manifest:
-    """Write the corpus of the input files into `output`, which must not exist or be empty.
+    """Write the corpus of `request` into its output folder, which must not exist or be empty.
 
-    `on_progress` is called after each block, `on_bad_line` with `FILE:LINE: reason` for each line left out.
+    Args:
+        encoder: gives the tokenizer's ids, see encoder_check.py; the tokenizer itself if there is none.
+        on_progress: called several times a second.
+        on_bad_line: called with `FILE:LINE: reason` for lines left out, when the part that had them is finished.
+        restart: throw away what an unfinished run has left.
 
     Raises:
-        BadInput: no passage came out, or (strict) a line is broken. Nothing is left behind, nor after any other error.
+        BadInput: no passage came out; ValueError: (strict) a line is broken, or an input is otherwise at fault.
+        Unfinished: an unfinished run is in the way.
+        OSError, WorkerLost: the corpus could not be written; finished parts are kept.
     """
+    output = request.output
     if output.exists() and any(output.iterdir()):
         raise BadInput(f"{output} is not empty; delete it or give another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    part, whole = partial / "part_00000", partial / "corpus"
-    for folder in (partial, part, whole):
-        folder.mkdir()
-    progress = BuildProgress()
-    try:
-        identities = [file.identity() for file in inputs]
-        with _PartWriter(part, tokenizer, options, progress) as writer:
-            for block in _blocks(inputs, progress, on_bad_line, strict):
-                writer.add(block)
-                on_progress(progress)
-            if progress.passages == 0:
-                raise BadInput(_why_empty(len(inputs), progress, options))
-            writer.finish(identities, list(command)).write(part)
-        manifest = dataclasses.replace(combine(whole, [Piece.read(part)], adopt=True), command=list(command))
-        manifest.write(whole)
-        os.rename(whole, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    described = request.described()
+    units = deal(request.inputs, request.reading, request.task or (0, 1))
+    with workspace(output, {**described, "parts": len(units)}, restart=restart) as folder:
+        encoder = encoder or HuggingFaceEncoder(request.tokenizer)
+        maker = PartMaker(folder, units, request.tokenizer, encoder, request.options, request.reading, strict)
+        _make_missing(maker, workers, on_progress, on_bad_line)
+        pieces = [Piece.read(maker.path(number)) for number in range(len(units))]
+        manifest = _finish(request, described, pieces, folder, list(command))
+        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
-def same_request(
-    manifest: Manifest, inputs: Sequence[InputFile], tokenizer: TextTokenizer, options: BuildOptions
-) -> list[str]:
+def same_request(manifest: Manifest, request: Request) -> list[str]:
     """In what an existing corpus differs from what is asked for; nothing: it is the same."""
-    wanted = {
-        "tokenizer": (manifest.tokenizer["hash"], tokenizer.vocab_hash),
-        "options": (manifest.options, vars(options)),
-        "inputs": (manifest.inputs, [file.identity() for file in inputs]),
-    }
-    return [name for name, (have, want) in wanted.items() if have != want]
+    wanted = request.described()
+    wanted["tokenizer"], tokenizer = wanted["tokenizer"]["hash"], manifest.tokenizer["hash"]
+    have = {"tokenizer": tokenizer, "options": manifest.options, "task": manifest.task, "inputs": manifest.inputs}
+    return [name for name, want in wanted.items() if have[name] != want]
 
 
-def _blocks(
-    inputs: Sequence[InputFile], progress: BuildProgress, on_bad_line: Callable[[str], None], strict: bool
-) -> Iterator[list[tuple[str, str]]]:
-    """(text, source label) of all inputs in blocks of bounded size."""
-    block: list[tuple[str, str]] = []
-    size = done = 0
+def _make_missing(
+    maker: PartMaker, workers: int, on_progress: Callable[[BuildProgress], None], on_bad_line: Callable[[str], None]
+) -> None:
+    """Make the parts that no earlier run has finished."""
+    total = sum(unit.disk_bytes for unit in maker.units)
+    before = np.zeros(len(COUNTS), dtype=np.int64)
+    missing = []
+    for number, unit in enumerate(maker.units):
+        if maker.is_finished(number):
+            manifest = Manifest.read(maker.path(number))
+            before += [unit.disk_bytes, 0, manifest.documents, manifest.tokens, manifest.passages]
+        else:
+            missing.append(number)
 
-    def bad(path: str, line: int, reason: str) -> None:
-        message = f"{path}:{line}: {reason}"
-        if strict:
-            raise BadInput(message)
-        progress.skipped["bad_lines"] += 1
-        on_bad_line(message)
+    def on_tick(counts: np.ndarray) -> None:
+        on_progress(BuildProgress(total, **dict(zip(COUNTS, (before + counts).tolist()))))
 
-    for unit in split_into_units(inputs, UNIT_BYTES):
-        documents = read_unit(unit, bad)
-        for document in documents:
-            if not document.text.strip():
-                progress.skipped["empty_documents"] += 1
-                continue
-            block.append((document.text, document.source))
-            size += len(document.text)
-            if size >= BLOCK_BYTES or len(block) >= BLOCK_DOCUMENTS:
-                progress.disk_bytes = done + documents.disk_bytes
-                yield block
-                block, size = [], 0
-        done += unit.disk_bytes
-    progress.disk_bytes = done
-    yield block
+    on_tick(np.zeros(len(COUNTS), dtype=np.int64))
+    for number in make_parts(maker, missing, workers, len(COUNTS), on_tick):
+        for message in read_bad_lines(maker.path(number)):
+            on_bad_line(message)
 
 
-class _PartWriter:
-    """Shards, tables and counts of a part being made, numbered for themselves."""
-
-    def __init__(self, folder: Path, tokenizer: TextTokenizer, options: BuildOptions, progress: BuildProgress):
-        self._folder, self._tokenizer, self._options, self._progress = folder, tokenizer, options, progress
-        self._dtype = ids_dtype(tokenizer.vocab_size)
-        self._table = PassageWriter(folder / PASSAGES_NAME)
-        self._shard: ShardWriter | None = None
-        self._shards: list[np.ndarray] = []
-        self._sources: dict[str, dict] = {}
-        self._source_ids: dict[str, int] = {}
-
-    def __enter__(self) -> _PartWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._table.abandon()
-        if self._shard is not None:
-            self._shard.abandon()
-
-    def add(self, block: list[tuple[str, str]]) -> None:
-        """Encode and write a block of (text, source label)."""
-        progress = self._progress
-        for (text, label), ids in zip(block, self._tokenizer.encode_batch([text for text, _ in block])):
-            source = self._source(label)
-            rows = self._segments(ids)
-            progress.skipped["short_documents"] += not rows
-            progress.text_bytes += len(text.encode())
-            progress.documents += 1
-            progress.tokens += len(ids)
-            progress.passages += len(rows)
-            source["documents"] += 1
-            source["tokens"] += len(ids)
-            source["passages"] += len(rows)
-            shard = self._open_shard(len(ids))
-            start, array = shard.tokens, np.array(ids, dtype=self._dtype)
-            document = shard.add(array)
-            checksums = passage_checksums(array, *zip(*rows), start) if rows else []
-            table = [
-                (len(self._shards), document, start + offset, length, self._source_ids[label], checksum)
-                for (offset, length), checksum in zip(rows, checksums)
-            ]
-            self._table.add(np.array(table, dtype=PASSAGE_DTYPE))
-
-    def finish(self, inputs: list[dict], command: list[str]) -> Manifest:
-        """Close all files; the manifest of what they hold."""
-        self._close_shard()
-        shards = np.concatenate([np.empty(0, SHARD_DTYPE), *self._shards])
-        files = {PASSAGES_NAME: self._table.close(), SHARDS_NAME: write_shards(self._folder / SHARDS_NAME, shards)}
-        progress = self._progress
-        return Manifest(
-            tokenizer={"hash": self._tokenizer.vocab_hash, "vocab_size": self._tokenizer.vocab_size},
-            dtype=self._dtype.name,
-            documents=progress.documents,
-            tokens=progress.tokens,
-            passages=progress.passages,
-            options=vars(self._options),
-            sources=list(self._sources.values()),
-            shards=len(shards),
-            files=files,
-            inputs=inputs,
-            skipped={reason: count for reason, count in progress.skipped.items() if count},
-            command=command,
-        )
-
-    def _segments(self, ids: list[int]) -> list[tuple[int, int]]:
-        options = self._options
-        if len(ids) <= options.max_tokens:
-            return [(0, len(ids))] if len(ids) >= options.min_tokens else []
-        text, starts = self._tokenizer.to_bytes(ids)
-        return cut(text, starts, options.max_tokens, options.min_tokens)
-
-    def _source(self, label: str) -> dict:
-        if label not in self._sources:
-            if len(self._sources) >= MOST_SOURCES:
-                raise BadInput(
-                    f"more than {MOST_SOURCES} different `source` labels; they are meant for kinds of text, "
-                    "not for single documents: give --source NAME to replace them"
-                )
-            self._source_ids[label] = len(self._sources)
-            self._sources[label] = {"name": label, "documents": 0, "tokens": 0, "passages": 0}
-        return self._sources[label]
-
-    def _open_shard(self, length: int) -> ShardWriter:
-        """The shard that takes a document of this length: a new one when the open one would grow past its limit."""
-        if self._shard is not None and self._shard.tokens + length > self._options.shard_tokens:
-            self._close_shard()
-        if self._shard is None:
-            self._shard = ShardWriter(shard_prefix(self._folder, len(self._shards)), self._dtype)
-        return self._shard
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.close().row(len(self._shards)))
-            self._shard = None
+def _finish(request: Request, described: dict, pieces: list[Piece], folder: Path, command: list[str]) -> Manifest:
+    """Join the parts and move the whole to its place."""
+    whole = folder / "corpus"
+    whole.mkdir(exist_ok=True)
+    skipped = sum((Counter(piece.manifest.skipped) for piece in pieces), Counter())
+    if not any(piece.manifest.passages for piece in pieces) and not request.task:
+        for piece in pieces:
+            shutil.rmtree(piece.path)
+        whole.rmdir()
+        raise BadInput(_why_empty(request, sum(piece.manifest.documents for piece in pieces), skipped))
+    manifest = combine(whole, pieces, adopt=True)
+    _join_records(whole, [piece.path for piece in pieces], bad_lines.FILE_NAME)
+    manifest = dataclasses.replace(manifest, inputs=described["inputs"], task=described["task"], command=command)
+    manifest.write(whole)
+    _sync(whole)
+    os.rename(whole, request.output)
+    _sync(request.output.parent)
+    return manifest
 
 
-def _why_empty(files: int, progress: BuildProgress, options: BuildOptions) -> str:
+def _join_records(output: Path, parts: Sequence[Path], name: str) -> None:
+    """What parts have recorded in files of this name becomes one file, in their order; none if none has."""
+    found = [part / name for part in parts if (part / name).exists()]
+    if found:
+        with open(output / name, "wb") as joined:
+            for path in found:
+                with open(path, "rb") as record:
+                    shutil.copyfileobj(record, joined)
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_empty(request: Request, documents: int, skipped: Counter[str]) -> str:
+    files = len(request.inputs)
     return (
-        f"no passage in {files} input file{'s' * (files != 1)}: {progress.documents} documents, of them "
-        f"{progress.skipped['short_documents']} under --min-tokens {options.min_tokens}; "
-        f"{progress.skipped['empty_documents']} empty, {progress.skipped['bad_lines']} broken lines"
+        f"no passage in {files} input file{'s' * (files != 1)}: {documents} documents, of them "
+        f"{skipped['short_documents']} under --min-tokens {request.options.min_tokens}; "
+        f"{skipped['empty_documents']} empty, {skipped['bad_lines']} broken lines"
     )

@@ -40,6 +40,7 @@ class Manifest:
         inputs: path, bytes and modification time of what was read.
         skipped: lines and documents left out, by reason.
         command: the command line that made it.
+        task: [i, n] when only the i-th of n runs of the inputs is in it, and the others are in corpora of their own.
     """
 
     tokenizer: dict
@@ -55,6 +56,7 @@ class Manifest:
     inputs: list[dict] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
+    task: list[int] | None = None
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:

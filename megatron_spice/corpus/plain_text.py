@@ -96,6 +96,16 @@ def byte_table(spec: dict) -> list[bytes]:
     return table
 
 
+def spells_text(spec: dict) -> tuple[bool, bool]:
+    """Whether the ids of any text, and of any ASCII text, stand for just its bytes, if none of them is dropped."""
+    normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
+    steps = [normalizer] if normalizer else []
+    if normalizer and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
+    adds_no_space = '"add_prefix_space": true' not in json.dumps(pre_tokenizer) and '"ByteLevel"' in json.dumps(pre_tokenizer)
+    return adds_no_space and not steps, adds_no_space and all(step["type"] in ("NFC", "NFKC", "NFD", "NFKD") for step in steps)
+
+
 @cache
 def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of the byte-level alphabet: printable Latin-1 is itself, the rest follows from U+0100."""

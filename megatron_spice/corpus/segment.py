@@ -22,6 +22,7 @@ _SENTENCE = re.compile(
 )
 _WORD = re.compile(rb"(\s+)")
 _LOOK_PAST = 64  # bytes after the last place allowed, for patterns that look ahead
+_STRETCHES = (512, 4096, 1 << 62)  # bytes looked through at once, backwards
 
 
 def cut(text: bytes, starts: np.ndarray, max_tokens: int, min_tokens: int = 1) -> list[tuple[int, int]]:
@@ -68,13 +69,32 @@ def _best_place(text: bytes, starts: np.ndarray, window: tuple[int, int, int]) -
 
 
 def _last_gap(pattern: re.Pattern[bytes], text: bytes, starts: np.ndarray, earliest: int, latest: int) -> int | None:
-    begin, end = int(starts[earliest - 1]), int(starts[latest]) + _LOOK_PAST
-    found = None
-    for match in pattern.finditer(text, begin, end):
-        low, high = match.span(1)
-        if low > starts[latest]:
-            break
-        place = min(int(np.searchsorted(starts, high, side="right")) - 1, latest)
-        if place >= earliest and starts[place] >= low:
-            found = place
-    return found
+    """Number of the last token from `earliest` to `latest` that begins a passage after a gap; None if there is none.
+
+    The text is gone through from its end, in stretches that grow, since the last gap is mostly near.
+    """
+    first, last = int(starts[earliest - 1]), int(starts[latest])
+    end = last + _LOOK_PAST
+    for stretch in _STRETCHES:
+        begin = _unmatched_byte(text, first, last - stretch)
+        found = None
+        for match in pattern.finditer(text, begin, end):
+            low, high = match.span(1)
+            if low > last:
+                break
+            place = min(int(starts.searchsorted(high, side="right")) - 1, latest)
+            if place >= earliest and starts[place] >= low:
+                found = place
+        if found is not None or begin == first:
+            return found
+    raise AssertionError("the last stretch reaches back to the beginning")
+
+
+def _unmatched_byte(text: bytes, first: int, place: int) -> int:
+    """A place at or before `place` to look for gaps from: at a letter or digit, which is in no match of any pattern."""
+    for before in range(place, place - _LOOK_PAST, -1):
+        if before <= first:
+            return first
+        if chr(text[before]).isalnum() and text[before] < 0x80:
+            return before
+    return first

@@ -21,6 +21,8 @@ from megatron_spice.corpus import plain_text
 from megatron_spice.corpus.chat_template import ChatTemplate, token_text
 from megatron_spice.game.records import Prompt, Segment
 
+_TO_BYTES_AT_ONCE = 1 << 16  # ids; bounds the memory for it
+
 
 class TextTokenizer:
     """A model's tokenizer.
@@ -46,7 +48,10 @@ class TextTokenizer:
         self._control_by_text = {token["content"]: token["id"] for token in controls}
         self._control_pattern = _control_pattern(controls)
         self.token_bytes = plain_text.byte_table(spec)
+        self._bytes = np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
         self._byte_lengths = np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
+        self._byte_starts = np.cumsum(self._byte_lengths) - self._byte_lengths
+        self._spells_all, self._spells_ascii = plain_text.spells_text(spec)
         self._chat_template = chat_template
         self._leading_ids = self._find_leading_ids()
         self.vocab_hash = plain_text.plain_hash(spec)
@@ -105,12 +110,26 @@ class TextTokenizer:
         """Text of ids, without special control tokens unless `keep_control`. Broken UTF-8 becomes U+FFFD."""
         return self._full.decode(list(ids), skip_special_tokens=not keep_control)
 
-    def to_bytes(self, ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
-        """UTF-8 bytes of ids, and where each id's bytes start in them (int64 [len(ids)])."""
-        table = self.token_bytes
-        text = b"".join([table[index] for index in ids])
-        lengths = self._byte_lengths[np.asarray(ids, dtype=np.int64)]
-        return text, np.cumsum(lengths) - lengths
+    def to_bytes(self, ids: Sequence[int] | np.ndarray, text: str | None = None) -> tuple[bytes, np.ndarray]:
+        """UTF-8 bytes of ids, and where each id's bytes start in them (int64 [len(ids)]).
+
+        Args:
+            text: what was encoded, if that is known: mostly its own bytes are the result, which is much faster.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        lengths = self._byte_lengths[ids]
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        if text is not None and (self._spells_all or (self._spells_ascii and text.isascii())):
+            data = text.encode()
+            if len(ids) and len(data) == ends[-1]:  # no byte was dropped
+                return data, starts
+        pieces = []
+        for begin in range(0, len(ids), _TO_BYTES_AT_ONCE):
+            some = slice(begin, begin + _TO_BYTES_AT_ONCE)
+            places = np.repeat(self._byte_starts[ids[some]] - starts[some], lengths[some])
+            pieces.append(self._bytes[places + np.arange(starts[begin], starts[begin] + len(places))].tobytes())
+        return b"".join(pieces), starts
 
     def chat_wrapper(self, system: str | None) -> tuple[str, str]:
         """Text before and after a single user message in the model's own chat format, ready for the assistant's turn.

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_spice.corpus.build import BuildOptions, build_corpus
+from megatron_spice.corpus.build import Request, build_corpus
+from megatron_spice.corpus.build_options import BuildOptions
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import sha256
@@ -26,7 +27,7 @@ def make(folder: Path, tokenizer: TextTokenizer, shard_tokens: int = 700) -> Pat
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text, "source": f"s{n % 2}"}) + "\n" for n, text in enumerate(TEXTS)))
     options = BuildOptions(max_tokens=64, min_tokens=4, shard_tokens=shard_tokens)
-    build_corpus([InputFile(source, "texts")], tokenizer, folder / "corpus", options)
+    build_corpus(Request([InputFile(source, "texts")], tokenizer, folder / "corpus", options))
     return folder / "corpus"
 
 

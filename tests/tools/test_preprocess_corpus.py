@@ -5,9 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -201,16 +198,3 @@ def test_impossible_settings(run, tmp_path: Path, tool, capsys: pytest.CaptureFi
     assert "--min-tokens 2 and --max-tokens 1" in capsys.readouterr().err
     assert tool.main([str(path), "--tokenizer", str(tmp_path), "--output", str(tmp_path / "corpus")]) == 2
     assert "no tokenizer.json" in capsys.readouterr().err
-
-
-def test_a_killed_run_leaves_nothing_that_looks_whole(model_dir: Path, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", *[{"text": f"The river runs to the sea {n}."} for n in range(200_000)])
-    command = [sys.executable, TOOL, path, "--tokenizer", model_dir, "--output", tmp_path / "corpus"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not leftovers(tmp_path) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    assert leftovers(tmp_path), "the tool never began to write"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert not (tmp_path / "corpus").exists() and leftovers(tmp_path) == []

@@ -1,0 +1,138 @@
+"""The parts of a corpus being made: what one is made of, and how it is made.
+
+A part is what one worker makes of one unit of the inputs (units.py). Which parts there are follows from the inputs alone, so
+any number of workers makes the same corpus, and a run that was interrupted finds the parts that it had finished. A part is made
+in a folder of another name and renamed when it is whole and on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_spice.corpus.bad_lines import BadLines
+from megatron_spice.corpus.build_options import BuildOptions
+from megatron_spice.corpus.fast_encoder import Encoder
+from megatron_spice.corpus.inputs import InputFile
+from megatron_spice.corpus.manifest import FILE_NAME
+from megatron_spice.corpus.part_writer import PartWriter
+from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.corpus.units import Document, ReadOptions, Unit, read_unit, split_into_units
+
+BLOCK_BYTES = 4 << 20
+BLOCK_DOCUMENTS = 4096
+SMALLEST_UNIT, LARGEST_UNIT = 8 << 20, 256 << 20
+_SAMPLED_INPUTS, _SAMPLE_CHARACTERS = 8, 32_000
+_UNITS = 64  # as many as keep the cores of a large machine busy, where the sizes above allow it
+
+COUNTS = ("disk_bytes", "text_bytes", "documents", "tokens", "passages")
+"""What workers count as they go, one i64 each: input read, text in it, and what came of it."""
+
+
+def deal(inputs: Sequence[InputFile], options: ReadOptions, task: tuple[int, int] = (0, 1)) -> list[Unit]:
+    """The units of the inputs, in order; of `task` (i, n) only the i-th of n runs of them.
+
+    Raises:
+        ValueError: a file cannot be used at all.
+    """
+    total = sum(file.path.stat().st_size for file in inputs)
+    units = split_into_units(inputs, min(max(total // _UNITS, SMALLEST_UNIT), LARGEST_UNIT), options)
+    number, tasks = task
+    mine = units[len(units) * number // tasks : len(units) * (number + 1) // tasks]
+    return mine or [Unit(())]  # a corpus has at least one part, which may be empty
+
+
+def first_texts(inputs: Sequence[InputFile], options: ReadOptions) -> list[str]:
+    """Some texts from the start of some inputs, spread over all: a sample to try an encoder on."""
+    texts = []
+    for file in inputs[:: max(len(inputs) // _SAMPLED_INPUTS, 1)][:_SAMPLED_INPUTS]:
+        size = 0
+        units = split_into_units([file], LARGEST_UNIT, options)
+        for document in read_unit(units[0], _ignore, options) if units else ():
+            texts.append(document.text[:_SAMPLE_CHARACTERS])
+            size += len(texts[-1])
+            if size >= _SAMPLE_CHARACTERS:
+                break
+    return texts
+
+
+def _ignore(path: str, line: int, reason: str) -> None:
+    """A broken line met while taking a sample is told of when its part is made."""
+
+
+@dataclass(frozen=True)
+class PartMaker:
+    """Makes the parts of one corpus; workers are forked with it, so nothing of it is copied or sent."""
+
+    folder: Path
+    units: Sequence[Unit]
+    tokenizer: TextTokenizer
+    encoder: Encoder
+    options: BuildOptions
+    reading: ReadOptions
+    strict: bool = False
+
+    def path(self, number: int) -> Path:
+        """Where the part is when it is finished."""
+        return self.folder / f"part_{number:05d}"
+
+    def is_finished(self, number: int) -> bool:
+        return (self.path(number) / FILE_NAME).is_file()
+
+    def make(self, number: int, counts: np.ndarray, check: Callable[[], None] = lambda: None) -> None:
+        """Make a part.
+
+        Args:
+            counts: i64 in the order of `COUNTS`, added to as the work goes on.
+            check: called before each block; may raise to give up.
+        """
+        folder = self.path(number).with_suffix(".unfinished")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        before = counts.copy()
+        bad = BadLines(folder, self.strict)
+        documents = read_unit(self.units[number], bad, self.reading)
+        with PartWriter(folder, self.tokenizer, self.encoder, self.options) as writer:
+            text_bytes = 0
+            for texts, labels in _blocks(documents, writer):
+                check()
+                writer.add(texts, labels)
+                text_bytes += sum(len(text.encode()) for text in texts)
+                counts[:] = before + np.array([documents.disk_bytes, text_bytes, *writer.totals])
+            bad.finish()
+            writer.skipped["bad_lines"] += bad.count
+            manifest = writer.finish(self.described)
+        counts[0] = before[0] + self.units[number].disk_bytes
+        manifest.write(folder)
+        os.rename(folder, self.path(number))
+
+    @property
+    def described(self) -> dict:
+        """The options as manifests keep them."""
+        return {**dataclasses.asdict(self.options), **dataclasses.asdict(self.reading)}
+
+
+def _blocks(documents: Iterable[Document], writer: PartWriter) -> Iterator[tuple[list[str], list[str]]]:
+    """Texts and source labels in blocks of bounded size."""
+    texts: list[str] = []
+    labels: list[str] = []
+    size = 0
+    for document in documents:
+        text = document.text
+        if not text or text.isspace():
+            writer.skipped["empty_documents"] += 1
+            continue
+        texts.append(text)
+        labels.append(document.source)
+        size += len(text)
+        if size >= BLOCK_BYTES or len(texts) >= BLOCK_DOCUMENTS:
+            yield texts, labels
+            texts, labels, size = [], [], 0
+    if texts:
+        yield texts, labels
