@@ -118,6 +118,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _load(options)
     text, problems = plan.describe(config, options.nodes)
     print(text)
+    print(plan.job(config, options.nodes, [options.recipe, *options.overrides]))
     if problems:
         raise ConfigError(problems, options.recipe)
     return 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_spice import machine
 from megatron_spice.config.checks import check, check_layout, check_paths
@@ -19,6 +21,7 @@ from megatron_spice.policy import memory_budget, memory_verdict
 from megatron_spice.policy.memory_budget import GIB, Device
 from megatron_spice.rollout.placement import remote_engines
 
+SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "spice.sh"
 RANKS_SHOWN = 64
 ASSUMED_ACCELERATOR = 81559 * 2**20  # what nvidia-smi says of an H100 with 80 GB
 ASSUMED_HOST = 64 * GIB
@@ -82,6 +85,21 @@ def _longest_sequence(config: Config) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return passage + INSTRUCTIONS + max(config.game.challenger_max_tokens, config.game.reasoner_max_tokens)
+
+
+def job(config: Config, num_nodes: int, arguments: Sequence[str]) -> str:
+    """The command that starts the recipe (`arguments`: it and its overrides) on so many nodes, and what the script asks of Slurm."""
+    words = shlex.join(arguments)
+    if num_nodes == 1 and machine.device(config.cluster.device) == "cpu":
+        return f"# Start\nbash slurm/spice.sh {words}\n"
+    per_node = config.cluster.ranks_per_node
+    accelerators = f" --gpus-per-node={per_node}" if machine.device(config.cluster.device) == "cuda" else ""
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines() if SCRIPT.is_file() else []
+    directives = [line for line in lines if line.startswith("#SBATCH") and not line.startswith("#SBATCH --nodes")]
+    return "\n".join([
+        "# Start", f"sbatch --nodes={num_nodes}{accelerators} slurm/spice.sh {words}", *directives,
+        f"on each node: torchrun --nnodes={num_nodes} --nproc-per-node={per_node} --module megatron_spice train {words}", "",
+    ])  # fmt: skip
 
 
 def launch_environment(config: Config) -> str:

@@ -12,6 +12,7 @@
 #
 #   bash slurm/spice.sh RECIPE [key.sub=value ...]                      on this machine
 #   sbatch [--nodes=N --gpus-per-node=8 ...] slurm/spice.sh RECIPE ...  on an allocation, from the repository's folder
+#   bash slurm/spice.sh --dry-run [--nodes=N] RECIPE ...                say what would be started, and whether it fits
 #
 # Inside an allocation every node gets one task and torchrun starts the node's ranks; the first node is where they meet.
 # The recipe is checked before anything starts: a wrong one ends with exit code 2 and says what to change.
@@ -59,6 +60,11 @@ python="${SPICE_VENV:-$root/.venv}/bin/python"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Megatron-Core calls collectives by names that this torch renames; a warning a rank and name would hide the progress.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}"
+
+if [ "$1" = "--dry-run" ]; then
+  shift
+  exec "$python" -m megatron_spice plan "$@"
+fi
 
 nodes=1
 if [ -n "${SLURM_JOB_ID:-}" ]; then

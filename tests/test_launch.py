@@ -44,6 +44,8 @@ def house(tmp_path: Path) -> Path:
     """A small house with the launcher, the real command line, a model and a corpus that pass the checks."""
     for folder in ("config", "cluster"):
         shutil.copytree(ROOT / "megatron_spice" / folder, tmp_path / "megatron_spice" / folder)
+    for room in ("policy", "rollout"):  # a plan's memory and placement
+        shutil.copytree(ROOT / "megatron_spice" / room, tmp_path / "megatron_spice" / room)
     for path in (ROOT / "megatron_spice").glob("*.py"):
         shutil.copy(path, tmp_path / "megatron_spice")
     (tmp_path / "megatron_spice" / "train.py").write_text(TRAIN)
@@ -134,6 +136,17 @@ def test_a_wrong_start_ends_with_2_and_starts_nothing(house, arguments, part):
     assert done.returncode == 2
     assert part in done.stderr
     assert not (house / "run").exists()
+
+
+def test_a_dry_run_says_what_would_start_and_starts_nothing(house):
+    done = launch(house, "--dry-run", "--nodes=2", RECIPE, "policy.pipeline_parallel_size=4", "run.dir=a b")
+    assert done.returncode == 0, done.stderr
+    assert "sbatch --nodes=2 slurm/spice.sh recipe.yaml policy.pipeline_parallel_size=4 'run.dir=a b'" in done.stdout
+    for line in ("#SBATCH --requeue", "#SBATCH --signal=B:USR1@180", "# Memory in GiB", "TP=1 PP=4 DP=1"):
+        assert line in done.stdout
+    assert not (house / "a b").exists()
+    wrong = launch(house, "--dry-run", "--nodes=2", RECIPE, "policy.pipeline_parallel_size=3")
+    assert wrong.returncode == 2 and "does not divide the 4 ranks" in wrong.stderr
 
 
 def test_without_an_environment_it_names_install_sh(house):
