@@ -103,7 +103,7 @@ def write_sources(folder: Path, passages: Sequence[int]) -> dict:
     Returns:
         The file's size and checksum as the manifest keeps them.
     """
-    place = np.cumsum([0, *passages[:-1]]).tolist()
+    place = np.cumsum([0, *passages])[:-1].tolist()
     writer = TableWriter(folder / SOURCES_NAME, SOURCES_DTYPE)
     try:
         begin = 0
