@@ -137,5 +137,6 @@ fi
 if [ "$with_tests" = yes ] && [ "$(cat "$test_stamp" 2>/dev/null)" != "$wanted" ]; then
   say "what the tests need"
   pip_install --requirement "$requirements/test.txt"
+  [ "$device" = cuda ] || pip_install --no-deps --requirement "$requirements/dali-no-deps.txt"
   echo "$wanted" >"$test_stamp.tmp" && mv "$test_stamp.tmp" "$test_stamp"
 fi

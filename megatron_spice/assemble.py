@@ -44,6 +44,7 @@ from megatron_spice.weights.sync import copy_rate
 
 if TYPE_CHECKING:
     from megatron_spice.checkpoint.checkpointer import Checkpointer
+    from megatron_spice.corpus.dali_loader import DaliSampler
     from megatron_spice.policy.policy import Policy
 
 # Scored by policy and engines after each sync. Any text would do; this one has names, numbers and punctuation.
@@ -62,7 +63,7 @@ class Run:
 
     config: Config
     topology: Topology
-    sampler: PassageSampler
+    sampler: PassageSampler | DaliSampler
     baselines: RoleBaselines | None
     pool: RolloutPool
     room: EngineRoom
@@ -116,7 +117,9 @@ def assemble(
     tokenizer = TextTokenizer.from_dir(hf_files)
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
     resume = checkpointer.newest()
-    sampler, baselines, carried, done = _passages(config, tokenizer, checkpoints.read_state(resume) if resume else None)
+    sampler, baselines, carried, done = _passages(
+        config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
+    )
 
     pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption)
     stack.callback(pool.close)
@@ -164,8 +167,8 @@ def assemble(
 
 
 def _passages(
-    config: Config, tokenizer: TextTokenizer, state: dict[str, Any] | None
-) -> tuple[PassageSampler, RoleBaselines | None, list[Game], int]:
+    config: Config, tokenizer: TextTokenizer, stack: ExitStack, state: dict[str, Any] | None
+) -> tuple[PassageSampler | DaliSampler, RoleBaselines | None, list[Game], int]:
     """What decides on the passages to come, the games that were put off, and the iteration to go on from, as in `state`.
 
     Raises:
@@ -174,7 +177,7 @@ def _passages(
     baselines = RoleBaselines(config.game.baseline_decay) if config.game.advantage_baseline == "role" else None
     try:
         corpus = Corpus(config.corpus.path, tokenizer)
-        sampler = PassageSampler(corpus, config.train.seed, config.corpus.weights)
+        sampler = _make_sampler(config, corpus, stack)
         if state is None:
             return sampler, baselines, [], 0
         sampler.load_state_dict(state["sampler"])
@@ -184,6 +187,16 @@ def _passages(
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     return sampler, baselines, carried, state["iteration"]
+
+
+def _make_sampler(config: Config, corpus: Corpus, stack: ExitStack) -> PassageSampler | DaliSampler:
+    if config.corpus.loader == "mmap":
+        return PassageSampler(corpus, config.train.seed, config.corpus.weights)
+    from megatron_spice.corpus.dali_loader import DaliSampler
+
+    sampler = DaliSampler(corpus, config.train.seed, config.corpus.weights, batch_size=config.train.passages)
+    stack.callback(sampler.close)
+    return sampler
 
 
 def _make_pool(

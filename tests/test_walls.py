@@ -56,7 +56,7 @@ HOMES = {
         "megatron_spice/cluster/platform.py",
     ),
     "transformer_engine": ("megatron_spice/policy",),
-    "nvidia": ("megatron_spice/corpus",),
+    "nvidia": ("megatron_spice/corpus/dali_loader.py",),
     "math_verify": ("megatron_spice/game/verify_worker.py",),
 }
 HEAVY = {"torch", "megatron", "sglang", "transformers", "transformer_engine", "numpy", "triton", "nvidia", "torchvision"}

@@ -48,6 +48,11 @@ def check_paths(config: Config) -> list[str]:
             f"corpus.path={config.corpus.path} {found}; make it with `python tools/preprocess_corpus.py TEXTS.jsonl "
             f"--tokenizer HUGGING_FACE_FOLDER --output {config.corpus.path}`"
         )
+    if config.corpus.loader == "dali" and not _is_installed("nvidia.dali"):
+        problems.append(
+            "corpus.loader=dali: NVIDIA DALI is not installed; `.venv/bin/python -m pip install nvidia-dali-cuda130==2.4.0`, "
+            "or corpus.loader=mmap, which reads the same passages"
+        )
     if config.run.dir.exists() and not config.run.dir.is_dir():
         problems.append(f"run.dir={config.run.dir} is a file; name a folder, which is made when it is not there")
     if config.checkpoint.resume == "never" and any(config.run.dir.glob("checkpoints/iteration_*")):
@@ -55,7 +60,7 @@ def check_paths(config: Config) -> list[str]:
             f"run.dir={config.run.dir} holds checkpoints and checkpoint.resume=never would begin anew among them; "
             "name another run.dir, or go on with checkpoint.resume=auto"
         )
-    if config.telemetry.wandb_project and importlib.util.find_spec("wandb") is None:
+    if config.telemetry.wandb_project and not _is_installed("wandb"):
         problems.append(
             f"telemetry.wandb_project={config.telemetry.wandb_project}: the wandb package is missing; "
             "`.venv/bin/python -m pip install wandb`, or telemetry.wandb_project=null"
@@ -73,6 +78,13 @@ def check_offload(config: Config) -> list[str]:
     if policy.precision == "fp32":
         return [f"policy.optimizer_offload={share} needs float32 masters of 16-bit weights; give policy.precision=bf16 or fp8, or 0"]
     return []
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def check_layout(config: Config, num_nodes: int) -> list[str]:

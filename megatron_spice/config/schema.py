@@ -45,6 +45,9 @@ class CorpusConfig(Room):
         description="How often passages of each source label are drawn, such as {mathematics: 0.5, general: 0.5}; labels "
         "that are not named are not drawn. Without, every passage is as probable as any other. [paper: half and half]",
     )
+    loader: Literal["mmap", "dali"] = Field(
+        "mmap", description="`dali` reads ahead in a process beside, for cold corpora on slow file systems; same passages."
+    )
 
 
 class VerifierConfig(Room):

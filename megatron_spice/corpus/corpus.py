@@ -79,7 +79,11 @@ class Corpus:
 
     def passage(self, index: int) -> Passage:
         """Passage `index`; its `document` counts through all shards. Raises what `token_ids` does."""
-        token_ids = tuple(self.token_ids(index).tolist())
+        return self.with_ids(index, self.token_ids(index))
+
+    def with_ids(self, index: int, ids: np.ndarray) -> Passage:
+        """Passage `index`, whose ids (`token_ids`) someone has read already."""
+        token_ids = tuple(ids.tolist())
         shard, document, _, _, source, _ = _ROW.unpack_from(self._rows, index * _ROW.size)
         return Passage(
             index=int(index),

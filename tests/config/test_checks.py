@@ -108,6 +108,13 @@ def test_a_corpus_of_another_format_is_noticed(write_recipe, tmp_path):
     assert CORPUS_FORMAT == FORMAT
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_dali_must_be_there_where_it_is_asked_for(write_recipe, monkeypatch, there):
+    monkeypatch.setattr("megatron_spice.config.checks._is_installed", lambda module: there)
+    found = problems(write_recipe(), "corpus.loader=dali")
+    assert found == [] if there else "pip install nvidia-dali" in found[0] and "corpus.loader=mmap" in found[0]
+
+
 def test_weights_are_for_sources_that_the_corpus_has(write_recipe, tmp_path):
     recipe = write_recipe(corpus={"path": str(tmp_path / "corpus"), "weights": {"mathematics": 1, "genral": 1, "empty": 2}})
     sources = [{"name": name, "passages": count} for name, count in (("mathematics", 7), ("general", 3000), ("empty", 0))]
