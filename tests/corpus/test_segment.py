@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -89,3 +91,30 @@ def test_sentences_of_a_real_tokenization(tokenizer: TextTokenizer) -> None:
     first, *rest = pieces(tokenizer, text, max_tokens=int(size * 0.8))
     assert first == "The river rises in the hills. It runs to the sea; boats use it."
     assert "".join(rest).startswith(" In 1957")
+
+
+@given(text=st.text("\u6771\u4eac\u3092\u30ab\u00e9\U0001f600", min_size=1, max_size=300), max_tokens=st.integers(8, 60))
+def test_text_without_any_gap_is_cut_between_characters(tokenizer: TextTokenizer, text: str, max_tokens: int) -> None:
+    found = pieces(tokenizer, text, max_tokens)
+    assert "".join(found) == text
+    assert "\ufffd" not in text and all("\ufffd" not in piece for piece in found)
+    # Cut only where the next character would not fit, of at most four byte tokens.
+    assert all(len(tokenizer.encode(piece)) > max_tokens - 4 for piece in found[:-1])
+
+
+@given(ends=st.lists(st.integers(3, 30), min_size=4, max_size=40), max_tokens=st.integers(95, 200))
+def test_ideographic_sentences_are_kept_whole(ends: list[int], max_tokens: int) -> None:
+    sentences = ["\u6771" * length + "\u3002" for length in ends]  # of at most 93 bytes, which are the tokens here
+    encoded, starts = plain("".join(sentences))
+    places = cut(encoded, starts, 2 * max_tokens)
+    borders = set(np.cumsum([len(sentence.encode()) for sentence in sentences]).tolist())
+    assert {offset + length for offset, length in places} <= borders
+
+
+@pytest.mark.parametrize("character", ["a", "\u6771", "\n", " ", ".", "\"", "\n ", ".)"])
+def test_two_megabytes_of_one_character_are_cut_in_no_time(character: str) -> None:
+    encoded, starts = plain(character * (2_000_000 // len(character.encode())))
+    began = time.perf_counter()
+    places = cut(encoded, starts, max_tokens=5992, min_tokens=32)
+    assert time.perf_counter() - began < 10
+    assert sum(length for _, length in places) == len(starts)

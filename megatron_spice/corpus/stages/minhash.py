@@ -1,7 +1,7 @@
 """Near duplicates by datatrove's MinHash: 14 buckets of 8 hashes of the documents' 5-grams (similarity about 0.72 up).
 
-Its signature, bucket and cluster steps as they are, but for two things: n-grams are hashed in pieces of the text
-(datatrove holds 900 bytes a word at once), and words come from the tokenizer that needs no download.
+Its signature, bucket and cluster steps as they are, but for two things: n-grams are hashed block by block (datatrove
+holds 900 bytes a word at once), to the same signatures, and words come from the tokenizer that needs no download.
 Memory: a bucket is merged from the units' sorted files; clustering holds every document that has a duplicate.
 """
 
@@ -30,7 +30,8 @@ logger.disable("datatrove")  # each step of each unit would be announced
 
 CONFIG = MinhashConfig()
 BUCKETS = CONFIG.num_buckets
-_BLOCK = 1 << 13  # n-grams whose 112 hashes are in memory at once: 7 MiB
+_PRIME = np.uint64((1 << 61) - 1)
+_BLOCK = 256  # n-grams whose 112 hashes are worked on at once: small enough for the core's own cache
 
 
 class _Signatures(MinhashDedupSignature):
@@ -39,9 +40,14 @@ class _Signatures(MinhashDedupSignature):
         return np.concatenate(blocks).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        parts = [super(_Signatures, self).get_signature(shingles[start : start + _BLOCK])
-                 for start in range(0, len(shingles), _BLOCK)]  # fmt: skip
-        return np.array(parts, dtype=np.uint64).min(axis=0).tolist()
+        factors, summands = self.parameters
+        smallest = np.full(self.num_hashes, _PRIME)
+        for start in range(0, len(shingles), _BLOCK):
+            block = shingles[start : start + _BLOCK] * factors
+            block += summands
+            block %= _PRIME
+            np.minimum(smallest, block.min(axis=0), out=smallest)
+        return smallest.reshape(self.config.num_buckets, -1).tolist()
 
 
 def write_signatures(texts: Iterable[str], unit: int, folder: Path) -> None:
