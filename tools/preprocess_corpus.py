@@ -31,6 +31,7 @@ from megatron_spice.corpus.encoder_check import BACKENDS, choose_encoder  # noqa
 from megatron_spice.corpus.inputs import find_inputs  # noqa: E402
 from megatron_spice.corpus.manifest import FILE_NAME, Manifest  # noqa: E402
 from megatron_spice.corpus.parts import first_texts  # noqa: E402
+from megatron_spice.corpus.stages.arguments import add_stage_arguments, stage_options  # noqa: E402
 from megatron_spice.corpus.tokenizer import TextTokenizer  # noqa: E402
 from megatron_spice.corpus.units import ReadOptions  # noqa: E402
 from megatron_spice.corpus.workers import WorkerLost, usable_cores  # noqa: E402
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--task", type=_task, metavar="I/N",
         help="make only the I-th (from 0) of N runs of the inputs, in DIR.tasks/I: one machine's share, to be merged")  # fmt: skip
     add("--restart", action="store_true", help="throw away what an interrupted run has left")
+    add_stage_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         request = Request(
             find_inputs(args.inputs, args.source), TextTokenizer.from_dir(args.tokenizer), output,
             BuildOptions(args.max_tokens, args.min_tokens, args.shard_tokens),
-            ReadOptions(args.text_key, args.source_key), args.task,
+            ReadOptions(args.text_key, args.source_key), args.task, stage_options(args),
         )  # fmt: skip
         return already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
     except (ValueError, FileNotFoundError) as error:
@@ -92,7 +94,8 @@ def build(request: Request, args: argparse.Namespace, arguments: Sequence[str]) 
     with Display() as display:
         manifest = build_corpus(
             request, encoder=encoder, workers=args.workers, command=["tools/preprocess_corpus.py", *arguments],
-            on_progress=display.show, on_bad_line=display.bad_line, strict=args.strict, restart=args.restart,
+            on_progress=display.show, on_bad_line=display.bad_line, on_step=display.step, say=display.say,
+            strict=args.strict, restart=args.restart,
         )  # fmt: skip
     print(summary(manifest, request.output, display.text_bytes, time.perf_counter() - began))
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_spice.corpus import bad_lines
+from megatron_spice.corpus import bad_lines, removed
 from megatron_spice.corpus.bad_lines import read_bad_lines
 from megatron_spice.corpus.build_options import BadInput, BuildOptions
 from megatron_spice.corpus.combine import Piece, combine
@@ -26,10 +26,11 @@ from megatron_spice.corpus.fast_encoder import Encoder, HuggingFaceEncoder
 from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import Manifest
 from megatron_spice.corpus.parts import COUNTS, PartMaker, deal
+from megatron_spice.corpus.stages import StageOptions, prepare
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.corpus.units import ReadOptions
 from megatron_spice.corpus.workers import make_parts
-from megatron_spice.corpus.workspace import workspace
+from megatron_spice.corpus.workspace import STAGES, workspace
 
 
 @dataclass
@@ -57,12 +58,21 @@ class Request:
     options: BuildOptions = field(default_factory=BuildOptions)
     reading: ReadOptions = field(default_factory=ReadOptions)
     task: tuple[int, int] | None = None
+    stages: StageOptions = field(default_factory=StageOptions)
+
+    def __post_init__(self) -> None:
+        if self.task and self.stages.dedup:
+            raise ValueError("--dedup sees the documents of one run, so with --task others' duplicates would stay: use one")
 
     def described(self) -> dict:
         """The request as JSON, to tell whether another is the same."""
         return {
             "tokenizer": {"hash": self.tokenizer.vocab_hash, "vocab_size": self.tokenizer.vocab_size},
-            "options": {**dataclasses.asdict(self.options), **dataclasses.asdict(self.reading)},
+            "options": {
+                **dataclasses.asdict(self.options),
+                **dataclasses.asdict(self.reading),
+                "stages": self.stages.describe(),
+            },
             "task": list(self.task) if self.task else None,
             "inputs": [file.identity() for file in self.inputs],
         }
@@ -76,6 +86,8 @@ def build_corpus(
     command: Sequence[str] = (),
     on_progress: Callable[[BuildProgress], None] = lambda progress: None,
     on_bad_line: Callable[[str], None] = lambda message: None,
+    on_step: Callable[[str, int, int], None] = lambda step, done, total: None,
+    say: Callable[[str], None] = lambda message: None,
     strict: bool = False,
     restart: bool = False,
 ) -> Manifest:
@@ -85,6 +97,7 @@ def build_corpus(
         encoder: gives the tokenizer's ids, see encoder_check.py; the tokenizer itself if there is none.
         on_progress: called several times a second.
         on_bad_line: called with `FILE:LINE: reason` for lines left out, when the part that had them is finished.
+        on_step, say: as `on_progress` and `say` of `stages.prepare`, which comes before the parts.
         restart: throw away what an unfinished run has left.
 
     Raises:
@@ -99,7 +112,13 @@ def build_corpus(
     units = deal(request.inputs, request.reading, request.task or (0, 1))
     with workspace(output, {**described, "parts": len(units)}, restart=restart) as folder:
         encoder = encoder or HuggingFaceEncoder(request.tokenizer)
-        maker = PartMaker(folder, units, request.tokenizer, encoder, request.options, request.reading, strict)
+        stages = None
+        if request.stages:
+            stages = prepare(
+                units, request.stages, folder / STAGES, workers,
+                reading=request.reading, strict=strict, on_progress=on_step, say=say,
+            )  # fmt: skip
+        maker = PartMaker(folder, units, request.tokenizer, encoder, request.options, request.reading, strict, stages)
         _make_missing(maker, workers, on_progress, on_bad_line)
         pieces = [Piece.read(maker.path(number)) for number in range(len(units))]
         manifest = _finish(request, described, pieces, folder, list(command))
@@ -149,8 +168,10 @@ def _finish(request: Request, described: dict, pieces: list[Piece], folder: Path
         whole.rmdir()
         raise BadInput(_why_empty(request, sum(piece.manifest.documents for piece in pieces), skipped))
     manifest = combine(whole, pieces, adopt=True)
-    _join_records(whole, [piece.path for piece in pieces], bad_lines.FILE_NAME)
-    manifest = dataclasses.replace(manifest, inputs=described["inputs"], task=described["task"], command=command)
+    for name in (bad_lines.FILE_NAME, removed.FILE_NAME):
+        _join_records(whole, [piece.path for piece in pieces], name)
+    told = {key: described[key] for key in ("options", "inputs", "task")}
+    manifest = dataclasses.replace(manifest, **told, command=command)
     manifest.write(whole)
     _sync(whole)
     os.rename(whole, request.output)
@@ -179,8 +200,10 @@ def _sync(folder: Path) -> None:
 
 def _why_empty(request: Request, documents: int, skipped: Counter[str]) -> str:
     files = len(request.inputs)
+    told = ("short_documents", "empty_documents", "bad_lines")
+    taken = "".join(f", {count} {reason}" for reason, count in skipped.items() if reason not in told)
     return (
         f"no passage in {files} input file{'s' * (files != 1)}: {documents} documents, of them "
         f"{skipped['short_documents']} under --min-tokens {request.options.min_tokens}; "
-        f"{skipped['empty_documents']} empty, {skipped['bad_lines']} broken lines"
+        f"{skipped['empty_documents']} empty, {skipped['bad_lines']} broken lines{taken}"
     )

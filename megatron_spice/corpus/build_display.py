@@ -20,6 +20,7 @@ class Display:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._step: str | None = None  # that the bar is of, when it is of one before the parts
         self._bad_lines = 0
         self.text_bytes = 0
 
@@ -27,14 +28,16 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
         if self._bad_lines > BAD_LINES_SHOWN:
             more = self._bad_lines - BAD_LINES_SHOWN
             print(f"... and {more:,} more broken lines, see bad_lines.txt in the corpus", file=sys.stderr)
 
     def show(self, progress: BuildProgress) -> None:
         """Called several times a second. What earlier runs had done does not count for the speed."""
+        if self._step:
+            self._close()
+            self._step = None
         if self._bar is None:
             self._bar = tqdm(
                 total=progress.total_bytes, initial=progress.disk_bytes, unit="B", unit_scale=True,
@@ -44,6 +47,26 @@ class Display:
         text = f"{progress.documents:,} documents, {progress.tokens / 1e6:,.1f}M tokens"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(progress.disk_bytes - self._bar.n)
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Called several times a second in the steps before the parts are made."""
+        if self._step != name:
+            self._close()
+            self._step = name
+            self._bar = tqdm(
+                desc=name, total=total, initial=done, unit="B" if total > 1000 else " steps", unit_scale=total > 1000,
+                dynamic_ncols=True, disable=None, mininterval=0.5,
+            )  # fmt: skip
+        self._bar.update(done - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """Called with what is worth knowing and no error."""
+        tqdm.write(message, file=sys.stderr)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def bad_line(self, message: str) -> None:
         """Called for each broken line."""

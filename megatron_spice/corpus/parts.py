@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from megatron_spice.corpus.fast_encoder import Encoder
 from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import FILE_NAME
 from megatron_spice.corpus.part_writer import PartWriter
+from megatron_spice.corpus.removed import Removed
+from megatron_spice.corpus.stages.prepare import Prepared, Stages
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.corpus.units import Document, ReadOptions, Unit, read_unit, split_into_units
 
@@ -77,6 +80,7 @@ class PartMaker:
     options: BuildOptions
     reading: ReadOptions
     strict: bool = False
+    stages: Prepared | None = None
 
     def path(self, number: int) -> Path:
         """Where the part is when it is finished."""
@@ -98,15 +102,18 @@ class PartMaker:
         before = counts.copy()
         bad = BadLines(folder, self.strict)
         documents = read_unit(self.units[number], bad, self.reading)
-        with PartWriter(folder, self.tokenizer, self.encoder, self.options) as writer:
+        removed = Removed(folder)
+        staying = _staying(documents, self.stages, number, removed) if self.stages else documents
+        with closing(removed), PartWriter(folder, self.tokenizer, self.encoder, self.options) as writer:
             text_bytes = 0
-            for texts, labels in _blocks(documents, writer):
+            for texts, labels in _blocks(staying, writer):
                 check()
                 writer.add(texts, labels)
                 text_bytes += sum(len(text.encode()) for text in texts)
                 counts[:] = before + np.array([documents.disk_bytes, text_bytes, *writer.totals])
             bad.finish()
             writer.skipped["bad_lines"] += bad.count
+            writer.skipped.update(removed.counts)
             manifest = writer.finish(self.described)
         counts[0] = before[0] + self.units[number].disk_bytes
         manifest.write(folder)
@@ -116,6 +123,18 @@ class PartMaker:
     def described(self) -> dict:
         """The options as manifests keep them."""
         return {**dataclasses.asdict(self.options), **dataclasses.asdict(self.reading)}
+
+
+def _staying(documents: Iterable[Document], prepared: Prepared, number: int, removed: Removed) -> Iterator[Document]:
+    """The documents that the stages leave in; the others are put on record."""
+    stages = Stages(prepared)
+    stages.begin(number)
+    for document in documents:
+        removal = stages.why_not(document)
+        if removal is None:
+            yield document
+        else:
+            removed.add(document, removal)
 
 
 def _blocks(documents: Iterable[Document], writer: PartWriter) -> Iterator[tuple[list[str], list[str]]]:

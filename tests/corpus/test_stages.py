@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_spice.corpus.inputs import InputFile
-from megatron_spice.corpus.stages import FILTERS, Removal, StageOptions, Stages, prepare, words
+from megatron_spice.corpus.stages import FILTERS, Removal, StageOptions, Stages, prepare, records, words
 from megatron_spice.corpus.stages.decontaminate import build_index, contamination_judge
 from megatron_spice.corpus.stages.exact import find_duplicates, write_hashes
 from megatron_spice.corpus.stages.language import language_judge
@@ -232,7 +232,9 @@ def test_duplicates_go_and_name_what_stays(tmp_path: Path) -> None:
     assert {record["reason"] for record in near} == {"near-duplicate"}
 
 
-def test_all_stages_together_on_two_processes_and_after_an_interruption(tmp_path: Path) -> None:
+def test_all_stages_together_on_two_processes_and_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     units = split_into_units(write_corpus(tmp_path), 3000)
     (tmp_path / "bench.txt").write_text(a_story(7))
     options = StageOptions(
@@ -244,17 +246,19 @@ def test_all_stages_together_on_two_processes_and_after_an_interruption(tmp_path
     assert reasons.count("contaminated") == 1 and reasons.count("gopher-repetition") == 2  # the German text, twice
     assert reasons.count("near-duplicate") == 2
 
-    class Stop(Exception):
-        pass
+    write = records.UnitRecord.write
 
-    def stop(step: str, done: int, total: int) -> None:
-        if done == 4:
-            raise Stop
+    def fail(record: records.UnitRecord, number: int, folder: Path) -> None:
+        if number == 4:
+            raise OSError(28, "No space left on device")
+        write(record, number, folder)
 
-    with pytest.raises(Stop):
-        prepare(units, options, tmp_path / "again", 1, on_progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(records.UnitRecord, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(units, options, tmp_path / "again", 1)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "again" / "judged").glob("*.jsonl")}
-    assert 3 <= len(done) <= 4
+    assert len(done) == 4
     assert run(units, options, tmp_path / "again") == whole
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
 

@@ -20,6 +20,14 @@ ANSWER_FIELDS = ("choices", "options", "answer", "answers", "solution", "target"
 FIELDS = QUESTION_FIELDS + ANSWER_FIELDS
 
 
+def benchmark_identities(arguments: Sequence[str]) -> list[dict]:
+    """What tells these benchmarks from others, or from themselves after a change."""
+    return [
+        {"path": str(path.resolve()), "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
+        for path in benchmark_files(arguments)
+    ]
+
+
 def benchmark_files(arguments: Sequence[str]) -> list[Path]:
     """The files that the arguments stand for, as inputs are found."""
     try:

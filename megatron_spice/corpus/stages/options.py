@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import asdict, dataclass
 
 from megatron_spice.corpus.documents import Document
+from megatron_spice.corpus.stages.benchmarks import benchmark_identities
 
 FILTERS = ("gopher-quality", "gopher-repetition", "c4", "fineweb-quality")
 DEDUP = ("exact", "minhash")
@@ -57,14 +58,18 @@ class StageOptions:
         return bool(self.filters or self.languages or self.decontaminate or self.dedup)
 
     def describe(self) -> dict:
-        """The options that matter, for the manifest and to tell one request from another."""
+        """The options that matter, for the manifest and to tell one request from another; {} when there are none.
+
+        Raises:
+            ValueError: a benchmark file is not there.
+        """
         said: dict = {}
         if self.languages:
             said |= {"languages": list(self.languages), "language_threshold": self.language_threshold}
         if self.filters:
             said["filters"] = list(self.filters)
         if self.decontaminate:
-            said |= {"decontaminate": list(self.decontaminate), "ngram": self.ngram}
+            said |= {"decontaminate": benchmark_identities(self.decontaminate), "ngram": self.ngram}
         if self.dedup:
             said["dedup"] = self.dedup
         return said

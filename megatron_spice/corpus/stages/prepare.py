@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,13 @@ from megatron_spice.corpus.documents import Document, ReadOptions
 from megatron_spice.corpus.stages import exact
 from megatron_spice.corpus.stages.judge import Judge
 from megatron_spice.corpus.stages.options import Removal, StageOptions
-from megatron_spice.corpus.stages.pool import in_processes
 from megatron_spice.corpus.stages.records import DUPLICATE_DTYPE, UnitRecord, is_judged, read_removals, write_duplicates
 from megatron_spice.corpus.units import Unit, read_unit
+from megatron_spice.corpus.workers import make_parts
 
 DUPLICATE = {"exact": "duplicate", "minhash": "near-duplicate"}
 _DONE = "duplicates/done"
+_CHECKED = 64  # documents between two looks whether anybody waits for the result
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prepare(
     folder: Path,
     workers: int,
     *,
-    read_options: ReadOptions = ReadOptions(),
+    reading: ReadOptions = ReadOptions(),
     strict: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     say: Callable[[str], None] = lambda message: None,
@@ -81,12 +81,13 @@ def prepare(
     """Do the steps that need the whole corpus; what a former call in the same folder has finished is not done again.
 
     Args:
-        workers: processes; with one, the work is done in this one.
-        on_progress: called with the name of the step, jobs done and jobs in all.
+        on_progress: called several times a second with the name of a step, what is done of it and all of it: bytes of
+            the inputs, then steps.
         say: called with what the user should know of benchmark items that cannot be looked for.
 
     Raises:
         ValueError: options that the stages cannot follow, or (strict) a broken line.
+        OSError, WorkerLost: as `make_parts`.
     """
     options.check_installed()
     for name in ("judged", "duplicates"):
@@ -97,67 +98,116 @@ def prepare(
 
         build_index(options.decontaminate, options.ngram, folder, say)
     if options.dedup is None:
-        Judge(options, folder)  # wrong languages are told here
+        Judge(options, folder)  # wrong languages are told here, and what workers share is loaded before they are forked
     elif not (folder / _DONE).is_file():
-        todo = [(number, unit) for number, unit in enumerate(units) if not is_judged(number, folder)]
-        job = partial(_judge_unit, prepared, read_options, strict)
-        for done, _ in enumerate(in_processes(job, todo, workers), 1 + len(units) - len(todo)):
-            on_progress("signatures", done, len(units))
-        _record(_duplicates(prepared, len(units), workers, on_progress), folder)
-        (folder / _DONE).touch()
+        _judge_all(prepared, units, reading, strict, workers, on_progress)
+        if options.dedup == "minhash":
+            _match_buckets(len(units), folder, workers, on_progress)
+        for _ in make_parts(_Finder(prepared, len(units)), [0], 1, 1, lambda counts: None):
+            (folder / _DONE).touch()
     return prepared
 
 
-@lru_cache(1)
-def _judge_of(prepared: Prepared) -> Judge:
-    """This process's judge: models and indexes are loaded once."""
-    return Judge(prepared.options, prepared.folder)
+def _judge_all(
+    prepared: Prepared,
+    units: Sequence[Unit],
+    reading: ReadOptions,
+    strict: bool,
+    workers: int,
+    on_progress: Callable[[str, int, int], None],
+) -> None:
+    missing = [number for number in range(len(units)) if not is_judged(number, prepared.folder)]
+    total = sum(unit.disk_bytes for unit in units)
+    before = total - sum(units[number].disk_bytes for number in missing)
+    if prepared.options.dedup == "minhash":
+        from megatron_spice.corpus.stages import minhash  # noqa: F401 (before the fork: once for all workers)
+    judges = _UnitJudge(prepared, units, reading, strict, Judge(prepared.options, prepared.folder))
+    for _ in make_parts(
+        judges, missing, workers, 1, lambda counts: on_progress("duplicates, 1 of 2", before + int(counts[0]), total)
+    ):
+        pass
 
 
-def _judge_unit(prepared: Prepared, read_options: ReadOptions, strict: bool, job: tuple[int, Unit]) -> None:
-    """Judge the unit's documents and write the signatures of those that stay, then the record that it is done."""
-    number, unit = job
-    judge = _judge_of(prepared)
-    record = UnitRecord(unit)
+def _match_buckets(units: int, folder: Path, workers: int, on_progress: Callable[[str, int, int], None]) -> None:
+    from megatron_spice.corpus.stages.minhash import BUCKETS
 
-    def bad(path: str, line: int, reason: str) -> None:
-        if strict:
+    for _ in make_parts(
+        _BucketMatcher(units, folder), range(BUCKETS), workers, 1,
+        lambda counts: on_progress("duplicates, 2 of 2", int(counts[0]), BUCKETS),
+    ):  # fmt: skip
+        pass
+
+
+@dataclass(frozen=True)
+class _UnitJudge:
+    """Judges the documents of units, and writes the signatures of those that stay, then the record that it is done."""
+
+    prepared: Prepared
+    units: Sequence[Unit]
+    reading: ReadOptions
+    strict: bool
+    judge: Judge
+
+    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
+        before = int(counts[0])
+        record = UnitRecord(self.units[number])
+        documents = read_unit(self.units[number], self._bad, self.reading)
+
+        def staying() -> Iterator[str]:
+            for place, document in enumerate(documents):
+                if place % _CHECKED == 0:
+                    check()
+                    counts[0] = before + documents.disk_bytes
+                removal = self.judge.why_not(document.text)
+                record.add(document, removal)
+                yield document.text if removal is None and document.text.strip() else ""
+
+        if self.prepared.options.dedup == "exact":
+            exact.write_hashes(staying(), number, self.prepared.folder)
+        else:
+            from megatron_spice.corpus.stages import minhash
+
+            minhash.write_signatures(staying(), number, self.prepared.folder)
+        record.write(number, self.prepared.folder)
+        counts[0] = before + self.units[number].disk_bytes
+
+    def _bad(self, path: str, line: int, reason: str) -> None:
+        if self.strict:
             raise ValueError(f"{path}:{line}: {reason}")
 
-    def staying() -> Iterator[str]:
-        for document in read_unit(unit, bad, read_options):
-            removal = judge.why_not(document.text)
-            record.add(document, removal)
-            yield document.text if removal is None and document.text.strip() else ""
 
-    if prepared.options.dedup == "exact":
-        exact.write_hashes(staying(), number, prepared.folder)
-    else:
+@dataclass(frozen=True)
+class _BucketMatcher:
+    """Finds the pairs of documents that agree in a bucket."""
+
+    units: int
+    folder: Path
+
+    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
         from megatron_spice.corpus.stages import minhash
 
-        minhash.write_signatures(staying(), number, prepared.folder)
-    record.write(number, prepared.folder)
+        minhash.match_bucket(number, self.units, self.folder)
+        counts[0] += 1
 
 
-def _duplicates(
-    prepared: Prepared, units: int, workers: int, on_progress: Callable[[str, int, int], None]
-) -> Iterator[np.ndarray]:
-    if prepared.options.dedup == "exact":
-        yield from exact.find_duplicates(units, prepared.folder)
-        return
-    from megatron_spice.corpus.stages import minhash
+@dataclass(frozen=True)
+class _Finder:
+    """Collects the duplicates and sorts them by unit, in a process of its own: 16 bytes each are in memory here."""
 
-    job = partial(minhash.match_bucket, units=units, folder=prepared.folder)
-    for done, _ in enumerate(in_processes(job, range(minhash.BUCKETS), workers), 1):
-        on_progress("buckets", done, minhash.BUCKETS)
-    yield from minhash.cluster(prepared.folder)
+    prepared: Prepared
+    units: int
 
+    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
+        folder = self.prepared.folder
+        if self.prepared.options.dedup == "exact":
+            found = exact.find_duplicates(self.units, folder)
+        else:
+            from megatron_spice.corpus.stages import minhash
 
-def _record(found: Iterator[np.ndarray], folder: Path) -> None:
-    """Sort the duplicates by unit. They are few beside the documents: 16 bytes each are in memory here."""
-    rows = np.concatenate([np.empty(0, DUPLICATE_DTYPE), *found])
-    rows.sort(order=["unit", "document"])
-    edges = np.flatnonzero(np.diff(rows["unit"])) + 1
-    for part in np.split(rows, edges):
-        if len(part):
-            write_duplicates(int(part["unit"][0]), folder, part)
+            found = minhash.cluster(folder)
+        rows = np.concatenate([np.empty(0, DUPLICATE_DTYPE), *found])
+        rows.sort(order=["unit", "document"])
+        edges = np.flatnonzero(np.diff(rows["unit"])) + 1
+        for part in np.split(rows, edges):
+            if len(part):
+                write_duplicates(int(part["unit"][0]), folder, part)

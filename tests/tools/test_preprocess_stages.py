@@ -1,0 +1,151 @@
+"""The stages through the command line: what leaves a corpus, what is said of it, and that nothing else changes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_spice.corpus.corpus import Corpus
+from megatron_spice.corpus.manifest import Manifest
+from megatron_spice.corpus.tokenizer import TextTokenizer
+
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_corpus.py"
+RIVER = "The river rises in the hills north of the town. It runs 312 km to the sea, and boats use the lower half of it. {}"
+GERMAN = "Der Fluss entspringt in den Bergen und fliesst lange durch das Land, bis er endlich das weite Meer erreicht."
+BENCHMARK = "What is the name of the old king who ruled over the seven islands before the great storm came?"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    before = signal.getsignal(signal.SIGTERM)
+    spec = importlib.util.spec_from_file_location("preprocess_corpus", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([RIVER] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Of a.jsonl and b.jsonl: 1 to 3 and 1 to 5."""
+    kept = [RIVER.format(word) for word in ("First.", "Second, and that is quite another thing to say here.", "Third.")]
+    others = [kept[0], GERMAN, f"Quiz night! {BENCHMARK} Nobody knew.", "", "Another text of the sea and of the hills."]
+    for name, part in (("a", kept), ("b", others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": BENCHMARK, "answer": "Tamahere"}) + "\n{}\n".format('{"question": "Who?"}'))
+    return kept + others
+
+
+@pytest.fixture
+def run(tool, model_dir: Path, tmp_path: Path):
+    def call(output: str, *arguments: object) -> int:
+        fixed = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--tokenizer", model_dir, "--output", tmp_path / output]
+        return tool.main([str(argument) for argument in [*fixed, "--min-tokens", 2, *arguments]])
+
+    return call
+
+
+def removed(folder: Path) -> list[tuple[str, int, str]]:
+    lines = gzip.decompress((folder / "removed.jsonl.gz").read_bytes()).decode().splitlines()
+    return [(Path(entry["path"]).name, entry["line"], entry["reason"]) for entry in map(json.loads, lines)]
+
+
+def kept(folder: Path, model_dir: Path) -> list[str]:
+    corpus = Corpus(folder, TextTokenizer.from_dir(model_dir), verify=True)
+    return [corpus.passage(index).text for index in range(len(corpus))]
+
+
+STAGES = ["--language", "en", "--language-threshold", "0.4", "--decontaminate", "quiz.jsonl", "--dedup", "exact"]
+GONE = [("b.jsonl", 1, "duplicate"), ("b.jsonl", 2, "language"), ("b.jsonl", 3, "contaminated")]
+
+
+def test_removed_documents_are_on_record_and_the_rest_is_the_corpus(
+    run, texts: list[str], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_spice.corpus.parts.SMALLEST_UNIT", 200)
+    assert run("corpus", *STAGES, "--workers", 2) == 0
+    printed = capsys.readouterr()
+    assert "1 of the 2 items of quiz.jsonl have under 13 words: not looked for" in printed.err
+    assert "1 language" in printed.out and "1 contaminated" in printed.out and "1 duplicate" in printed.out
+    corpus = tmp_path / "corpus"
+    assert removed(corpus) == GONE
+    assert kept(corpus, model_dir) == [*texts[:3], texts[-1]]
+    manifest = Manifest.read(corpus)
+    assert manifest.skipped == {"language": 1, "contaminated": 1, "duplicate": 1, "empty_documents": 1}
+    assert manifest.options["stages"]["dedup"] == "exact"
+    assert "What is the name" not in (corpus / "manifest.json").read_text()
+    assert f"{tmp_path}/a.jsonl:1" in gzip.decompress((corpus / "removed.jsonl.gz").read_bytes()).decode()
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+    assert run("corpus", *STAGES) == 0 and "already there" in capsys.readouterr().out
+    assert run("corpus", *STAGES[:-2]) == 2 and "different options" in capsys.readouterr().err
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": BENCHMARK, "answer": "another"}) + "\n")
+    assert run("corpus", *STAGES) == 2 and "different options" in capsys.readouterr().err
+
+
+def test_any_number_of_workers_and_a_second_start_give_the_same(
+    run, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_spice.corpus.stages import records
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_spice.corpus.parts.SMALLEST_UNIT", 200)
+    stages = [*STAGES[:-1], "minhash"]
+    write, started = records.UnitRecord.write, tmp_path / "started"
+    started.mkdir()
+
+    def counted(record: records.UnitRecord, number: int, folder: Path) -> None:
+        (started / f"{number}-{len(list(started.iterdir()))}").touch()
+        if number == 3 and not (tmp_path / "room").exists():
+            raise OSError(28, "No space left on device")
+        write(record, number, folder)
+
+    monkeypatch.setattr(records.UnitRecord, "write", counted)
+    assert run("one", *stages, "--workers", 1) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    (tmp_path / "room").touch()
+    assert run("one", *stages, "--workers", 1) == 0
+    numbers = sorted(int(path.name.split("-")[0]) for path in started.iterdir())
+    assert numbers.count(3) == 2 and numbers.count(0) == numbers.count(2) == 1
+    assert run("three", *stages, "--workers", 3) == 0
+    assert removed(tmp_path / "one") == removed(tmp_path / "three") != []
+    for name in ("removed.jsonl.gz", "passages.npy", "shards.npy", "shard_00000.bin"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--filter", "c5"], "--filter c5: there is none of this name; choose from gopher-quality"),
+        (["--language", "english"], "--language english: the model knows"),
+        (["--decontaminate", "nowhere.jsonl"], "--decontaminate: input nowhere.jsonl: no such file"),
+        (["--dedup", "exact", "--task", "0/2"], "others' duplicates would stay"),
+        (["--filter", "gopher-quality"], "7 gopher-quality"),
+    ],
+)
+def test_wrong_wishes_are_told_and_nothing_is_left(
+    run, texts: list[str], tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert run("corpus", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
