@@ -2,6 +2,7 @@
 """Turn texts into a corpus: memory-mapped token shards (Megatron's .bin/.idx), a passage table and a manifest.
 
     python tools/preprocess_corpus.py texts.jsonl more/ --tokenizer models/smollm2 --output corpora/texts
+    python tools/preprocess_corpus.py inspect|verify|merge ...      (corpora that are there: corpus_commands.py)
 
 Inputs are JSON lines with a `text` (and optionally a `source`), Parquet, Arrow, plain text, all but Parquet and Arrow also
 compressed, folders and patterns of them. A corpus is bound to its tokenizer: use the folder of the model that will be trained.
@@ -22,7 +23,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import corpus_commands  # noqa: E402
 
 from megatron_spice.corpus.build import Request, build_corpus, same_request  # noqa: E402
 from megatron_spice.corpus.build_display import Display  # noqa: E402
@@ -59,11 +63,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--task", type=_task, metavar="I/N",
         help="make only the I-th (from 0) of N runs of the inputs, in DIR.tasks/I: one machine's share, to be merged")  # fmt: skip
     add("--restart", action="store_true", help="throw away what an interrupted run has left")
+    add("--verify", action="store_true", help="then read everything back against its checksums")
     add_stage_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in corpus_commands.COMMANDS:
+        return corpus_commands.main(arguments)
     args = parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half done goes
     output = args.output
@@ -75,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
             BuildOptions(args.max_tokens, args.min_tokens, args.shard_tokens),
             ReadOptions(args.text_key, args.source_key), args.task, stage_options(args),
         )  # fmt: skip
-        return already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
+        code = already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
+        return corpus_commands.verify([output]) if args.verify and code == 0 else code
     except (ValueError, FileNotFoundError) as error:
         return complain(error, output, 2)
     except (OSError, RuntimeError) as error:  # WorkerLost among them

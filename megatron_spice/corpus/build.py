@@ -169,7 +169,7 @@ def _finish(request: Request, described: dict, pieces: list[Piece], folder: Path
         raise BadInput(_why_empty(request, sum(piece.manifest.documents for piece in pieces), skipped))
     manifest = combine(whole, pieces, adopt=True)
     for name in (bad_lines.FILE_NAME, removed.FILE_NAME):
-        _join_records(whole, [piece.path for piece in pieces], name)
+        join_records(whole, [piece.path for piece in pieces], name)
     told = {key: described[key] for key in ("options", "inputs", "task")}
     manifest = dataclasses.replace(manifest, **told, command=command)
     manifest.write(whole)
@@ -179,7 +179,7 @@ def _finish(request: Request, described: dict, pieces: list[Piece], folder: Path
     return manifest
 
 
-def _join_records(output: Path, parts: Sequence[Path], name: str) -> None:
+def join_records(output: Path, parts: Sequence[Path], name: str) -> None:
     """What parts have recorded in files of this name becomes one file, in their order; none if none has."""
     found = [part / name for part in parts if (part / name).exists()]
     if found:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,12 +115,13 @@ def damaged(folder: Path, name: str) -> str:
     return f"corpus {folder}: {name} is damaged (its checksum differs); make or copy the corpus again"
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
+def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks; `on_bytes` hears of the size of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            on_bytes(len(block))
     return digest.hexdigest()
 
 

@@ -48,7 +48,10 @@ def test_sources_are_drawn_as_often_as_weighted_and_evenly_inside(corpus: Corpus
     assert excess < 4 * math.sqrt(2 * (len(expected) - 1))
 
 
-@given(weights=st.none() | tables, seed=st.integers(0, 2**64 - 1), calls=st.lists(st.integers(0, 9), max_size=6), cut=st.integers(0, 6))
+@given(
+    weights=st.none() | tables, seed=st.integers(0, 2**64 - 1), calls=st.lists(st.integers(0, 9), max_size=6),
+    cut=st.integers(0, 6),
+)  # fmt: skip
 @settings(max_examples=40)
 def test_an_order_goes_on_from_any_cursor(
     corpus: Corpus, weights: dict[str, float] | None, seed: int, calls: list[int], cut: int
