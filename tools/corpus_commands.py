@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 a corpus is damaged or the merged one could not be written
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -102,6 +103,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half done goes
     command = ["tools/preprocess_corpus.py", "merge", str(options.output), *map(str, options.corpora)]
     merged = merge(options.output, options.corpora, command)
     print(

@@ -54,7 +54,12 @@ def merge(output: Path, corpora: Sequence[Path], command: Sequence[str] = ()) ->
         for name in (bad_lines.FILE_NAME, removed.FILE_NAME):
             join_records(partial, [piece.path for piece in pieces], name)
         merged.write(partial)
-        os.rename(partial, output)
+        try:
+            os.rename(partial, output)
+        except OSError:
+            if not (output / FILE_NAME).is_file():
+                raise
+            return _already_there(output, merged)  # of two that merge at once, the other was first
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return merged

@@ -51,12 +51,12 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr or done.stdout}")
         return done.stdout
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What the controller knows of a job: JobState, Restarts, Reason, ExitCode, ..."""
         text = self.client("scontrol", "--oneliner", "show", "job", str(number))
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, number: int, *states: str, seconds: float = 120.0) -> dict[str, str]:
+    def wait(self, number: int | str, *states: str, seconds: float = 120.0) -> dict[str, str]:
         """The job once it is in one of the states.
 
         Raises:

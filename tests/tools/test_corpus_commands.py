@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_corpus import Document, huge_corpus, make_corpus
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,15 +31,7 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ["abc"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
