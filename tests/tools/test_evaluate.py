@@ -1,0 +1,56 @@
+"""tools/evaluate.py grade: a verdict a line, whatever the line holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
+
+
+def grade(text: str | bytes, *options: str) -> tuple[int, list[dict], str]:
+    data = text.encode() if isinstance(text, str) else text
+    command = [sys.executable, TOOL, "grade", "-", *options]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=False)
+    return done.returncode, [json.loads(line) for line in done.stdout.decode().splitlines()], done.stderr.decode()
+
+
+def line(gold: str, answer_type: str, response: str, **more: object) -> str:
+    return json.dumps({"gold": gold, "answer_type": answer_type, "response": response, **more}) + "\n"
+
+
+def test_a_verdict_a_line_in_order():
+    records = [
+        line("42", "Integer", r"so \boxed{42.0}", id="first"),
+        line("Paris", "String", r"\boxed{\text{Paris}}"),
+        line("B", "MCQ", r"I think \boxed{A}, no, \boxed{B) Rome}", question="Which?\nA) Oslo\nB) Rome"),
+        line(r"\frac{1}{2}", "Expression", r"\boxed{0.5}"),
+        line("42", "Integer", "forty-two"),
+        line("7", "Integer", r"\boxed{" + "9" * 100_000 + "}"),
+    ]
+    code, verdicts, summary = grade("".join(records))
+    assert code == 0
+    assert [verdict["correct"] for verdict in verdicts] == [True, True, True, True, False, False]
+    assert verdicts[0] == {"id": "first", "correct": True, "extracted": "42.0", "reason": "number"}
+    assert verdicts[4]["reason"] == "no_answer" and verdicts[5]["reason"] == "too_long"
+    assert "4 of 6 correct (66.7%)" in summary
+
+
+def test_lines_that_are_no_records_are_named_and_the_rest_is_graded():
+    broken = ["{", "[1]", "null", '{"gold": 3, "answer_type": "Integer", "response": "x"}', '{"gold": "3", "answer_type": "Int"}']
+    text = "\n".join([*broken, line("3", "Int", "x").strip(), "[" * 100_000, line("3", "Integer", r"\boxed{3}")])
+    code, verdicts, summary = grade(text.encode() + b"\xff\n")
+    assert code == 1 and len(verdicts) == len(broken) + 4
+    errors = [verdict.get("error", "") for verdict in verdicts]
+    for place, part in enumerate(["not JSON", "a JSON list", "a JSON NoneType", "gold is a int", "response is missing", "one of MCQ", "not JSON"]):
+        assert part in errors[place], errors[place]
+    assert verdicts[7] == {"correct": True, "extracted": "3", "reason": "exact"} and "not JSON" in errors[8]
+    assert "1 of 1 correct" in summary
+
+
+def test_no_file_and_no_line():
+    done = subprocess.run([sys.executable, TOOL, "grade", "/nowhere.jsonl"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "/nowhere.jsonl" in done.stderr
+    assert grade("")[:2] == (0, [])
