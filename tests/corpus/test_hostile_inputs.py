@@ -348,3 +348,18 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
         ("train-00000-of-00002.parquet", "train")
     ]
     assert read(find_inputs([str(snapshot)])[0].path) == (["row"], [])
+
+
+def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": [f"text {number}" for number in range(2500)], "meta": [{"a": 1}] * 2500, "tags": [["x"]] * 2500}
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)})
+    both.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
+    both["train"].to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    for folder, label, times in (("saved", "saved", 2), ("saved/test", "test", 1), ("hub", "train", 1)):
+        files = find_inputs([str(tmp_path / folder)])
+        assert {file.source for file in files} == {label}
+        units = split_into_units(files, 30_000)
+        assert len(units) > 2 or folder == "hub"
+        texts = [document.text for unit in units for document in read_unit(unit, lambda *bad: None)]
+        assert texts == rows["text"] * times
