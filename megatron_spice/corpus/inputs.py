@@ -79,13 +79,27 @@ def _expand(argument: str) -> list[tuple[Path, str]]:
         what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "a pipe or a device"
         raise ValueError(f"input {argument} is {what}; give regular files")
     else:
-        files = sorted(Path(name) for name in glob.glob(argument, recursive=True) if Path(name).is_file())
+        files = _matches(path)
     if not files:
         raise ValueError(f"input {argument}: no such file, folder or match")
     for file in files:
         if not format_of(file):
             raise ValueError(f"input {file} is none of {KINDS}; rename or convert it")
     return [(file, _stem(file)) for file in files]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The files of a pattern. `**` does not go through links (`glob` does, and round for ever where they make loops)."""
+    place = next((place for place, part in enumerate(pattern.parts) if glob.has_magic(part)), None)
+    if place is None:
+        return []
+    base, rest = Path(*pattern.parts[:place]), list(pattern.parts[place:])
+    found = base.glob("/".join(rest + ["*"] * (rest[-1] == "**")))
+    return sorted(file for file in found if file.is_file() and not _hidden(file.relative_to(base), rest))
+
+
+def _hidden(file: Path, pattern: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in file.parts) and not any(part.startswith(".") for part in pattern)
 
 
 def _in_folder(folder: Path) -> list[tuple[Path, str]]:

@@ -295,6 +295,33 @@ def test_folders_with_what_is_no_file(tmp_path: Path) -> None:
         find_inputs([str(tmp_path / "empty")])
 
 
+def test_patterns_do_not_go_round_in_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep" / ".git").mkdir(parents=True)
+    for name in ("a.jsonl", "b.txt", "deep/c.jsonl", "deep/.git/d.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    for folder in (tmp_path, tmp_path / "deep"):
+        for number in range(3):  # `glob` would look into 4 ** 40 folders
+            (folder / f"loop{number}").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "**/*.jsonl": ["a.jsonl", "deep/c.jsonl"],
+        "**/*": ["a.jsonl", "b.txt", "deep/c.jsonl"],
+        "**": ["a.jsonl", "b.txt", "deep/c.jsonl"],
+        "*/*.jsonl": ["deep/c.jsonl"],
+        "deep/.git/*": ["deep/.git/d.jsonl"],
+        "[ab].*": ["a.jsonl", "b.txt"],
+        f"{tmp_path}/d?ep/*": [f"{tmp_path}/deep/c.jsonl"],
+    }
+    for pattern, expected in cases.items():
+        found = [os.path.realpath(file.path) for file in find_inputs([pattern])]
+        assert set(found) == {os.path.realpath(name) for name in expected} | (
+            {str(tmp_path / "a.jsonl")} if pattern == "*/*.jsonl" else set()  # through a link of one step
+        )
+    for pattern in ("nothing*", "nowhere/*.jsonl", "a[.jsonl"):
+        with pytest.raises(ValueError, match="no such file, folder or match"):
+            find_inputs([pattern])
+
+
 def test_files_and_folders_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "open.jsonl").write_bytes(GOOD)
     (tmp_path / "closed.jsonl").write_bytes(GOOD)
