@@ -54,6 +54,7 @@ HOMES = {
         "megatron_spice/checkpoint",
         "megatron_spice/weights",
         "megatron_spice/cluster/platform.py",
+        "tools/passages_benchmark.py",  # the rival
     ),
     "transformer_engine": ("megatron_spice/policy",),
     "nvidia": ("megatron_spice/corpus/dali_loader.py",),

@@ -3,11 +3,12 @@
 What DALI gives here is background work: an external source in a process of its own follows the sampler's order (a pure
 function of seed and position, so nobody has to tell it what comes next), reads and verifies the tokens, and hands them over
 in shared memory; the pipeline pads them to a batch, on the GPU if one is given. It is worth its process where reading waits
-for a file system: a cold corpus on a network mount, far larger than memory. Where the shards are in the page cache, as
-after the first minutes of most runs, `PassageSampler` is several times faster, because a passage costs less to read than to
-hand from one process to another (tools/benchmark.py passages measures both). The game plays with text in host memory, so
-training uses a CPU pipeline wherever it runs; `next_padded` with a `device_id` is for those who train on passages as they
-are. (The GPU pipeline has not been run by its author, who had no GPU.)
+for a file system: a corpus far larger than memory, a network mount. From a cold local disk a consumer with other work to do
+waited half to three quarters as long for DALI's batches as for `PassageSampler`'s. From the page cache `PassageSampler` is
+1.4 to 2.5 times faster, because a passage costs less to read than to hand from one process to another; and either is a few
+milliseconds of an iteration (tools/benchmark.py passages, docs/results/passages-cpu). The game plays with text in host
+memory, so training uses a CPU pipeline wherever it runs; `next_padded` with a `device_id` is for those who train on passages
+as they are. (The GPU pipeline has not been run by its author, who had no GPU.)
 
 Same passages, same order, same `state_dict` as `PassageSampler`. The cursor counts what was handed out, not what was read
 ahead, so a resumed run misses nothing.
