@@ -39,7 +39,7 @@ from megatron_spice.corpus.stages.arguments import add_stage_arguments, stage_op
 from megatron_spice.corpus.tokenizer import TextTokenizer  # noqa: E402
 from megatron_spice.corpus.units import ReadOptions  # noqa: E402
 from megatron_spice.corpus.workers import WorkerLost, usable_cores  # noqa: E402
-from megatron_spice.corpus.workspace import finished_parts, workspace_path  # noqa: E402
+from megatron_spice.corpus.workspace import finished_parts, has_work, workspace_path  # noqa: E402
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -137,8 +137,11 @@ def summary(manifest: Manifest, output: Path, text_bytes: int, seconds: float) -
 
 def complain(what: object, output: Path, code: int) -> int:
     """Say what was wrong and what is left of the work; the exit code."""
-    kept = finished_parts(workspace_path(output))
+    workspace = workspace_path(output)
+    kept = finished_parts(workspace)
     left = f"; {kept} finished parts are kept, the same command goes on with them" if kept else ""
+    if has_work(workspace) and not kept:
+        left = "; what its stages have found is kept, the same command goes on with it"
     print(f"preprocess_corpus: {what}; there is no {output} yet{left}" if code == 1 else f"preprocess_corpus: {what}", file=sys.stderr)
     return code
 

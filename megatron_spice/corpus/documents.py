@@ -106,7 +106,7 @@ def line_in_file(span: Span, number: int) -> int:
     return first + number - 1
 
 
-# (Offsets, newlines before them), ascending, of each file: whatever is asked, a process reads a file once for it at most.
+# (Offsets, newlines before them) of each file, ascending: a process reads a file at most once for all that is asked.
 _counted: dict[tuple, tuple[list[int], list[int]]] = {}
 _BLOCK = 1 << 20
 

@@ -89,7 +89,7 @@ def _expand(argument: str) -> list[tuple[Path, str]]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """The files of a pattern. `**` does not go through links (`glob` does, and round for ever where they make loops)."""
+    """The files of a pattern. `**` does not go through links (`glob` does, and round for ever where they loop)."""
     place = next((place for place, part in enumerate(pattern.parts) if glob.has_magic(part)), None)
     if place is None:
         return []

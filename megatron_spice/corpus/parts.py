@@ -24,7 +24,7 @@ from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import FILE_NAME
 from megatron_spice.corpus.part_writer import PartWriter
 from megatron_spice.corpus.removed import Removed
-from megatron_spice.corpus.stages.prepare import Prepared, Stages
+from megatron_spice.corpus.stages.preparation import Prepared, Stages
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.corpus.units import Document, ReadOptions, Unit, read_unit, split_into_units
 

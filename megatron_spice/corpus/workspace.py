@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-STAGES = "stages"  # folder in it, of what stages have found (stages/prepare.py)
+STAGES = "stages"  # folder in it, of what stages have found (stages/preparation.py)
 _PATIENCE = 3.0  # seconds: the workers of a run that was killed need a moment to notice
 
 
@@ -49,7 +49,7 @@ def workspace(output: Path, request: dict, *, restart: bool = False) -> Iterator
         finally:
             for unfinished in folder.glob("*.unfinished"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if not _has_work(folder):
+            if not has_work(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -58,8 +58,8 @@ def finished_parts(folder: Path) -> int:
     return sum(path.suffix == "" for path in folder.glob("part_*"))
 
 
-def _has_work(folder: Path) -> bool:
-    """Whether there is anything that the same request could go on with."""
+def has_work(folder: Path) -> bool:
+    """Whether an earlier run has left anything that the same request could go on with."""
     return finished_parts(folder) > 0 or (folder / "corpus").exists() or any((folder / STAGES).glob("judged/*.jsonl"))
 
 
@@ -83,7 +83,7 @@ def _locked(folder: Path, output: Path) -> IO[str]:
 def _agree(folder: Path, output: Path, request: dict, restart: bool) -> None:
     path = folder / "request.json"
     done = finished_parts(folder)
-    if restart or not path.is_file() or not _has_work(folder):
+    if restart or not path.is_file() or not has_work(folder):
         for left in folder.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)

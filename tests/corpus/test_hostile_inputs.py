@@ -201,9 +201,8 @@ KINDS = [
 def test_columns_of_every_kind_of_text_with_holes(tmp_path: Path, kind: pa.DataType, suffix: str) -> None:
     values = [b"one", None, b"\xff", "\u00e9".encode(), b"x" * 1001, b"one"]
     if pa.types.is_dictionary(kind):
-        column = pa.DictionaryArray.from_arrays(
-            pa.array([0, None, 1, 2, 3, 0], pa.int32()), pa.array(values[0:1] + values[2:5], pa.binary()).view(pa.string())
-        )
+        dictionary = pa.array(values[0:1] + values[2:5], pa.binary()).view(pa.string())
+        column = pa.DictionaryArray.from_arrays(pa.array([0, None, 1, 2, 3, 0], pa.int32()), dictionary)
     else:
         wide = {pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}.get(kind, pa.binary())
         column = pa.array(values, wide if not pa.types.is_large_binary(kind) else kind).view(kind)

@@ -104,7 +104,7 @@ def test_text_without_any_gap_is_cut_between_characters(tokenizer: TextTokenizer
 
 @given(ends=st.lists(st.integers(3, 30), min_size=4, max_size=40), max_tokens=st.integers(95, 200))
 def test_ideographic_sentences_are_kept_whole(ends: list[int], max_tokens: int) -> None:
-    sentences = ["\u6771" * length + "\u3002" for length in ends]  # of at most 93 bytes, which are the tokens here
+    sentences = ["\u6771" * length + "\u3002" for length in ends]  # of at most 93 bytes, the tokens here
     encoded, starts = plain("".join(sentences))
     places = cut(encoded, starts, 2 * max_tokens)
     borders = set(np.cumsum([len(sentence.encode()) for sentence in sentences]).tolist())

@@ -64,7 +64,8 @@ def test_pieces_of_a_text_have_the_ngrams_of_the_whole(monkeypatch, piece: int, 
 
 def test_words_and_sentences() -> None:
     cut = words.TOKENIZER.word_tokenize("Don't pay $3.50 -- or 1,000! \u6771\u4eac... e.g. so-called")
-    assert cut == ["Don't", "pay", "$", "3.50", "--", "or", "1,000", "!", "\u6771", "\u4eac", "...", "e.g", ".", "so", "-", "called"]
+    expected = "Don't pay $ 3.50 -- or 1,000 ! \u6771 \u4eac ... e.g . so - called"
+    assert cut == expected.split(" ")
     text = 'J. Smith came. "Why?" he said\u3002 No end'
     assert words.TOKENIZER.sent_tokenize(text) == ["J. Smith came.", '"Why?"', "he said\u3002", "No end"]
 
@@ -106,7 +107,8 @@ def write_benchmarks(folder: Path) -> tuple[list[str], list[str]]:
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.table({"problem": stories[6:8], "choices": [["x y", "z"], None]}), folder / "b.parquet")
     (folder / "c.txt").write_text("\n\n".join(stories[8:10]))
-    (folder / "d.json").write_text(json.dumps([{"prompt": text, "target": [{"text": "fine"}]} for text in stories[10:]]))
+    nested = [{"prompt": text, "target": [{"text": "fine"}]} for text in stories[10:]]
+    (folder / "d.json").write_text(json.dumps(nested))
     arguments = [str(folder / name) for name in ("a.jsonl", "b.parquet", "c.txt", "d.json")]
     items = [f"{q} {a}" for q, a in zip(stories[:3], stories[3:6])] + stories[6:]
     return arguments, items
@@ -116,7 +118,7 @@ def test_a_shared_ngram_is_found_and_named(tmp_path: Path) -> None:
     arguments, items = write_benchmarks(tmp_path)
     build_index(arguments, 13, tmp_path / "index", print)
     judge = contamination_judge(tmp_path / "index", 13)
-    places = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.parquet:1", "b.parquet:2", "c.txt:1", "c.txt:3", "d.json:1", "d.json:2"]
+    places = "a.jsonl:1 a.jsonl:2 a.jsonl:3 b.parquet:1 b.parquet:2 c.txt:1 c.txt:3 d.json:1 d.json:2".split()
     assert len(items) == 9
     for item, place in zip(items, places):
         copied = item.split()[5:18]
@@ -138,7 +140,8 @@ def test_datatrove_finds_the_same(tmp_path: Path, seed: int, start: int, length:
         np.load(index / "benchmarks" / "hashes.npy").tofile(tmp_path / "trove" / "items.index.hashes")
     theirs = NGramsDecontFilter(str(tmp_path / "trove"), NGramsDecontConfig(n_grams=13), language=words.TOKENIZER)
     theirs.hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())
-    text = f"{a_story(seed + 100)} {' '.join(a_story(seed % 20, 70).split()[start : start + length])} {a_story(seed + 101)}"
+    copied = " ".join(a_story(seed % 20, 70).split()[start : start + length])
+    text = f"{a_story(seed + 100)} {copied} {a_story(seed + 101)}"
     assert (contamination_judge(index, 13)(text) is None) == (theirs.filter(TroveDocument(text, "")) is True)
 
 
@@ -196,7 +199,8 @@ def write_corpus(folder: Path) -> list[InputFile]:
     stories = [a_story(seed) for seed in range(40)]
     changed = stories[5].replace(stories[5].split()[60], "changed")
     german = "Der Fluss entspringt in den Bergen und fliesst lange durch das Land, bis er das Meer erreicht. " * 5
-    for name, texts in (("a.jsonl", stories[:20]), ("b.jsonl", [stories[3], changed, "", german, german, *stories[20:]])):
+    second = [stories[3], changed, "", german, german, *stories[20:]]
+    for name, texts in (("a.jsonl", stories[:20]), ("b.jsonl", second)):
         (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [InputFile(folder / "a.jsonl", "a"), InputFile(folder / "b.jsonl", "b")]
 

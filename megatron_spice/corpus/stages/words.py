@@ -1,8 +1,8 @@
 """Words and hashed n-grams for datatrove's filters, without downloads and in bounded memory.
 
-datatrove splits English into words by spaCy, other languages by a dozen more packages. One regular expression decides
-nearly always alike (README: measured), is some twenty times faster and knows every script: letters and digits make a word,
-a sign is one, and each character is one where a script writes no spaces.
+datatrove splits English into words by spaCy, other languages by a dozen more packages. One regular expression knows
+every script: letters and digits make a word, a run of one sign is one, and each character is one where a script writes
+no spaces. On prose the filters decide the same in over 99 of 100 documents, 4 to 10 times faster.
 A document is taken in pieces of a mebibyte that end at a space, so n-grams of any text need the same few megabytes.
 """
 

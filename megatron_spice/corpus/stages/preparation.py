@@ -10,23 +10,20 @@ The folder belongs to one request: the caller sees to it that inputs and options
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron_spice.corpus.documents import Document, ReadOptions
-from megatron_spice.corpus.stages import exact
+from megatron_spice.corpus.stages.jobs import BucketMatcher, DuplicateFinder, UnitJudge
 from megatron_spice.corpus.stages.judge import Judge
 from megatron_spice.corpus.stages.options import Removal, StageOptions
-from megatron_spice.corpus.stages.records import DUPLICATE_DTYPE, UnitRecord, is_judged, read_removals, write_duplicates
-from megatron_spice.corpus.units import Unit, read_unit
+from megatron_spice.corpus.stages.records import is_judged, read_removals
+from megatron_spice.corpus.units import Unit
 from megatron_spice.corpus.workers import make_parts
 
 DUPLICATE = {"exact": "duplicate", "minhash": "near-duplicate"}
 _DONE = "duplicates/done"
-_CHECKED = 64  # documents between two looks whether anybody waits for the result
 
 
 @dataclass(frozen=True)
@@ -100,28 +97,29 @@ def prepare(
     if options.dedup is None:
         Judge(options, folder)  # wrong languages are told here, and what workers share is loaded before they are forked
     elif not (folder / _DONE).is_file():
-        _judge_all(prepared, units, reading, strict, workers, on_progress)
+        _judge_all(options, folder, units, reading, strict, workers, on_progress)
         if options.dedup == "minhash":
             _match_buckets(len(units), folder, workers, on_progress)
-        for _ in make_parts(_Finder(prepared, len(units)), [0], 1, 1, lambda counts: None):
+        for _ in make_parts(DuplicateFinder(options, folder, len(units)), [0], 1, 1, lambda counts: None):
             (folder / _DONE).touch()
     return prepared
 
 
 def _judge_all(
-    prepared: Prepared,
+    options: StageOptions,
+    folder: Path,
     units: Sequence[Unit],
     reading: ReadOptions,
     strict: bool,
     workers: int,
     on_progress: Callable[[str, int, int], None],
 ) -> None:
-    missing = [number for number in range(len(units)) if not is_judged(number, prepared.folder)]
+    missing = [number for number in range(len(units)) if not is_judged(number, folder)]
     total = sum(unit.disk_bytes for unit in units)
     before = total - sum(units[number].disk_bytes for number in missing)
-    if prepared.options.dedup == "minhash":
+    if options.dedup == "minhash":
         from megatron_spice.corpus.stages import minhash  # noqa: F401 (before the fork: once for all workers)
-    judges = _UnitJudge(prepared, units, reading, strict, Judge(prepared.options, prepared.folder))
+    judges = UnitJudge(options, folder, units, reading, strict, Judge(options, folder))
     for _ in make_parts(
         judges, missing, workers, 1, lambda counts: on_progress("duplicates, 1 of 2", before + int(counts[0]), total)
     ):
@@ -132,82 +130,7 @@ def _match_buckets(units: int, folder: Path, workers: int, on_progress: Callable
     from megatron_spice.corpus.stages.minhash import BUCKETS
 
     for _ in make_parts(
-        _BucketMatcher(units, folder), range(BUCKETS), workers, 1,
+        BucketMatcher(units, folder), range(BUCKETS), workers, 1,
         lambda counts: on_progress("duplicates, 2 of 2", int(counts[0]), BUCKETS),
     ):  # fmt: skip
         pass
-
-
-@dataclass(frozen=True)
-class _UnitJudge:
-    """Judges the documents of units, and writes the signatures of those that stay, then the record that it is done."""
-
-    prepared: Prepared
-    units: Sequence[Unit]
-    reading: ReadOptions
-    strict: bool
-    judge: Judge
-
-    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
-        before = int(counts[0])
-        record = UnitRecord(self.units[number])
-        documents = read_unit(self.units[number], self._bad, self.reading)
-
-        def staying() -> Iterator[str]:
-            for place, document in enumerate(documents):
-                if place % _CHECKED == 0:
-                    check()
-                    counts[0] = before + documents.disk_bytes
-                removal = self.judge.why_not(document.text)
-                record.add(document, removal)
-                yield document.text if removal is None and document.text.strip() else ""
-
-        if self.prepared.options.dedup == "exact":
-            exact.write_hashes(staying(), number, self.prepared.folder)
-        else:
-            from megatron_spice.corpus.stages import minhash
-
-            minhash.write_signatures(staying(), number, self.prepared.folder)
-        record.write(number, self.prepared.folder)
-        counts[0] = before + self.units[number].disk_bytes
-
-    def _bad(self, path: str, line: int, reason: str) -> None:
-        if self.strict:
-            raise ValueError(f"{path}:{line}: {reason}")
-
-
-@dataclass(frozen=True)
-class _BucketMatcher:
-    """Finds the pairs of documents that agree in a bucket."""
-
-    units: int
-    folder: Path
-
-    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
-        from megatron_spice.corpus.stages import minhash
-
-        minhash.match_bucket(number, self.units, self.folder)
-        counts[0] += 1
-
-
-@dataclass(frozen=True)
-class _Finder:
-    """Collects the duplicates and sorts them by unit, in a process of its own: 16 bytes each are in memory here."""
-
-    prepared: Prepared
-    units: int
-
-    def make(self, number: int, counts: np.ndarray, check: Callable[[], None]) -> None:
-        folder = self.prepared.folder
-        if self.prepared.options.dedup == "exact":
-            found = exact.find_duplicates(self.units, folder)
-        else:
-            from megatron_spice.corpus.stages import minhash
-
-            found = minhash.cluster(folder)
-        rows = np.concatenate([np.empty(0, DUPLICATE_DTYPE), *found])
-        rows.sort(order=["unit", "document"])
-        edges = np.flatnonzero(np.diff(rows["unit"])) + 1
-        for part in np.split(rows, edges):
-            if len(part):
-                write_duplicates(int(part["unit"][0]), folder, part)
