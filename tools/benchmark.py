@@ -8,13 +8,14 @@
     python tools/benchmark.py sync --model assets/smollm2-135m-instruct
     python tools/benchmark.py rollout --model assets/smollm2-135m-instruct
     python tools/benchmark.py iteration --model assets/smollm2-135m-instruct --against trl
+    python tools/benchmark.py preprocess --tokenizer assets/smollm2-135m-instruct --megatron-lm ../Megatron-LM
     python tools/benchmark.py passages
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
 engines play uneven passages and says how long they had nothing to do; `iteration` times whole iterations of a recipe;
-`passages` reads random passages from a corpus. What each measures and how is told by `benchmark.py SUITE --help`. A suite
-is a module here with HELP, `add_arguments`, `jobs`, `run_rank` and `table`; its jobs run one after the other, each in ranks
-of its own (benchmark_ranks.py).
+`preprocess` makes shards of texts; `passages` reads random passages from a corpus. What each measures and how is told by
+`benchmark.py SUITE --help`. A suite is a module here with HELP, `add_arguments`, `jobs`, `run_rank` and `table`; its jobs run
+one after the other, each in ranks of its own (benchmark_ranks.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import benchmark_ranks  # noqa: E402
 import iteration_benchmark  # noqa: E402
 import passages_benchmark  # noqa: E402
 import policy_suite  # noqa: E402
+import preprocess_benchmark  # noqa: E402
 import rollout_benchmark  # noqa: E402
 import sync_benchmark  # noqa: E402
 from benchmark_options import positive  # noqa: E402
@@ -45,9 +47,9 @@ from megatron_spice.cluster.children import die_with_parent  # noqa: E402
 
 SUITES: dict[str, Any] = {
     "policy": policy_suite, "sync": sync_benchmark, "rollout": rollout_benchmark, "iteration": iteration_benchmark,
-    "passages": passages_benchmark,
+    "preprocess": preprocess_benchmark, "passages": passages_benchmark,
 }  # fmt: skip
-VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy")
+VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy", "tokenizers", "gigatoken")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

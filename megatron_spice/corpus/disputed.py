@@ -39,6 +39,8 @@ def has_disputed(text: str) -> bool:
     if text.isascii():
         return False
     others = text.encode().translate(None, delete=_ASCII).decode()  # mostly few: the rest costs a byte's time each
+    if len(others) < 16:
+        return any(map(disputed().__getitem__, map(ord, others)))
     return bool(disputed()[np.frombuffer(others.encode("utf-32-le"), dtype="<u4")].any())
 
 
@@ -48,7 +50,12 @@ def doubtful_tokens(tokens: Sequence[bytes]) -> np.ndarray:
 
 
 def _is_doubtful(token: bytes) -> bool:
-    return not token.isascii() and (has_disputed(token.decode(errors="ignore")) or _may_become_disputed(token))
+    if token.isascii():
+        return False
+    try:
+        return has_disputed(token.decode())
+    except UnicodeDecodeError:  # parts of characters
+        return has_disputed(token.decode(errors="ignore")) or _may_become_disputed(token)
 
 
 def _may_become_disputed(token: bytes) -> bool:

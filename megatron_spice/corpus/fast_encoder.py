@@ -112,13 +112,14 @@ class GigatokenEncoder:
 
 def _description(tokenizer: TextTokenizer) -> tuple[str, int]:
     """tokenizer.json of the plain tokenizer as gigatoken takes it, and how many missing bytes were added to it."""
-    text = tokenizer.plain.to_str()
-    spec: dict[str, Any] = json.loads(text)
-    vocab = spec["model"]["vocab"]
-    if "ByteLevel" not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
+    text, plain = tokenizer.plain.to_str(), tokenizer.plain
+    if not tokenizer.is_byte_level:
         return text, 0
-    missing = [character for character in byte_level_alphabet() if character not in vocab]
-    vocab.update({character: tokenizer.vocab_size + place for place, character in enumerate(missing)})
+    missing = [character for character in byte_level_alphabet() if plain.token_to_id(character) is None]
+    if not missing and '"byte_fallback":true' not in text:
+        return text, 0
+    spec: dict[str, Any] = json.loads(text)
+    spec["model"]["vocab"].update({character: tokenizer.vocab_size + place for place, character in enumerate(missing)})
     spec["model"]["byte_fallback"] = False  # has no meaning without tokens for it, and gigatoken refuses it then
     return json.dumps(spec), len(missing)
 

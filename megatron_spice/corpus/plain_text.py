@@ -64,7 +64,7 @@ def plain_hash(spec: dict) -> str:
     Neither does the file's layout: merges are written as pairs or as strings by different versions of the library.
     """
     model = spec["model"]
-    merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     settings = {key: model.get(key) or None for key in ("type", "continuing_subword_prefix", "end_of_word_suffix")}
     settings.update({key: bool(model.get(key)) for key in ("byte_fallback", "ignore_merges")})
     spaces = sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [] if not is_control(t))
@@ -96,14 +96,17 @@ def byte_table(spec: dict) -> list[bytes]:
     return table
 
 
+def is_byte_level(spec: dict) -> bool:
+    """Whether the vocabulary spells bytes as characters (`byte_level_alphabet`)."""
+    return '"ByteLevel"' in json.dumps([spec.get("pre_tokenizer"), spec.get("normalizer")])
+
+
 def spells_text(spec: dict) -> tuple[bool, bool]:
     """Whether the ids of any text, and of any ASCII text, stand for just its bytes, if none of them is dropped."""
-    normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
-    steps = [normalizer] if normalizer else []
-    if normalizer and normalizer["type"] == "Sequence":
-        steps = normalizer["normalizers"]
-    adds_no_space = '"add_prefix_space": true' not in json.dumps(pre_tokenizer) and '"ByteLevel"' in json.dumps(pre_tokenizer)
-    return adds_no_space and not steps, adds_no_space and all(step["type"] in ("NFC", "NFKC", "NFD", "NFKD") for step in steps)
+    normalizer = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    as_it_is = is_byte_level(spec) and '"add_prefix_space": true' not in json.dumps(spec.get("pre_tokenizer"))
+    return as_it_is and not steps, as_it_is and all(step["type"] in ("NFC", "NFKC", "NFD", "NFKD") for step in steps)
 
 
 @cache

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,19 @@ class TextTokenizer:
         added_texts: spellings of the tokens that were added to the vocabulary, control tokens and others.
         token_bytes: what each id stands for in UTF-8, see `plain_text.byte_table`.
         plain: the tokenizer that `encode` uses.
+        is_byte_level: whether its vocabulary spells bytes as characters.
     """
 
-    def __init__(self, spec: dict, *, chat_template: ChatTemplate | None = None, stop_ids: Iterable[int] = ()):
-        """From a parsed tokenizer.json `spec`; `from_dir` is the usual way in."""
-        self._full = Tokenizer.from_str(json.dumps(spec))
-        self._full.no_truncation()
-        self._full.no_padding()
+    def __init__(
+        self,
+        spec: dict,
+        *,
+        chat_template: ChatTemplate | None = None,
+        stop_ids: Iterable[int] = (),
+        load: Callable[[], Tokenizer] | None = None,
+    ):
+        """From a parsed tokenizer.json `spec`; `from_dir` is the usual way in. `load` makes the library's tokenizer of it."""
+        self._load = load or partial(Tokenizer.from_str, json.dumps(spec))
         self.plain = plain_text.build(spec)
         controls = [token for token in spec.get("added_tokens") or [] if plain_text.is_control(token)]
         self.added_texts = [token["content"] for token in spec.get("added_tokens") or []]
@@ -51,9 +58,9 @@ class TextTokenizer:
         self._bytes = np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
         self._byte_lengths = np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
         self._byte_starts = np.cumsum(self._byte_lengths) - self._byte_lengths
+        self.is_byte_level = plain_text.is_byte_level(spec)
         self._spells_all, self._spells_ascii = plain_text.spells_text(spec)
         self._chat_template = chat_template
-        self._leading_ids = self._find_leading_ids()
         self.vocab_hash = plain_text.plain_hash(spec)
         self.vocab_size = len(self.token_bytes)
         self.control_ids = frozenset(self._control_by_text.values())
@@ -76,7 +83,8 @@ class TextTokenizer:
             )
         spec, config = _read_json(path), _read_json(folder / "tokenizer_config.json")
         template = ChatTemplate.from_dir(folder, config)
-        return cls(spec, chat_template=template, stop_ids=_stop_ids(folder, spec, config))
+        load = partial(Tokenizer.from_file, str(path))
+        return cls(spec, chat_template=template, stop_ids=_stop_ids(folder, spec, config), load=load)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: control tokens spelled in it stay text. No id is added at either end."""
@@ -155,7 +163,17 @@ class TextTokenizer:
             else:  # some control tokens swallow the space around them, so look up the token alone
                 yield piece, self._control_by_text.get(piece, self._control_by_text.get(piece.strip()))
 
-    def _find_leading_ids(self) -> list[int]:
+    @cached_property
+    def _full(self) -> Tokenizer:
+        """The tokenizer with its control tokens. Made when first needed: making a corpus does without it."""
+        full = self._load()
+        full.no_truncation()
+        full.no_padding()
+        return full
+
+    @cached_property
+    def _leading_ids(self) -> list[int]:
+        """What the model expects at the start of a text."""
         bare = self._full.encode("a", add_special_tokens=False).ids
         framed = self._full.encode("a", add_special_tokens=True).ids
         return framed[: framed.index(bare[0])]

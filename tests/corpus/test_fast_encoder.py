@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -117,18 +118,31 @@ def test_however_it_is_split_a_disputed_character_has_a_doubtful_token(
     assert not doubtful_tokens(["\u00e9".encode(), b"plain", b"\xa9", "\U0001f600".encode(), b""]).any()
 
 
-def test_the_cache_of_words_is_bounded(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = []
-    load = fast_encoder._load
-    monkeypatch.setattr(fast_encoder, "_load", lambda description: loads.append(1) or load(description))
-    monkeypatch.setattr(fast_encoder, "_MOST_GROWTH", 8 << 20)
-    encoder = GigatokenEncoder(tokenizer)
-    rng = random.Random(0)
-    for _ in range(8):
-        texts = [" ".join("".join(rng.choices("abcdefghij", k=9)) for _ in range(100)) for _ in range(200)]
-        assert rows(encoder.encode(texts[:3])) == [tokenizer.encode(text) for text in texts[:3]]
-        encoder.encode(texts)
-    assert 2 <= len(loads) <= 8
+RANDOM_WORDS = """
+import random, sys
+from megatron_spice.corpus import fast_encoder
+from megatron_spice.corpus.tokenizer import TextTokenizer
+
+fast_encoder._MOST_GROWTH = int(sys.argv[2])
+tokenizer = TextTokenizer.from_dir(sys.argv[1])
+encoder, rng = fast_encoder.GigatokenEncoder(tokenizer), random.Random(0)
+begin = fast_encoder._resident()
+for _ in range(12):
+    letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=900_000))
+    words = [letters[place : place + 9] for place in range(0, len(letters), 9)]
+    texts = [" ".join(words[place : place + 500]) for place in range(0, len(words), 500)]
+    encoded = encoder.encode(texts)
+    assert encoded.ids[: encoded.lengths[0]].tolist() == tokenizer.encode(texts[0])
+print(fast_encoder._resident() - begin)
+"""
+
+
+def test_the_cache_of_words_is_bounded(tokenizer_dir: Path) -> None:
+    def growth(most: int) -> int:
+        command = [sys.executable, "-c", RANDOM_WORDS, str(tokenizer_dir), str(most)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert growth(16 << 20) < 60 << 20 < 100 << 20 < growth(1 << 40)
 
 
 def test_gigatoken_is_chosen_where_it_agrees(holed: TextTokenizer) -> None:
@@ -164,7 +178,7 @@ def test_a_tokenizer_that_it_refuses_is_left_to_the_library(spec: dict) -> None:
 
 
 def test_without_gigatoken_the_library_is_taken(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
     encoder, why = choose_encoder(tokenizer, "auto")
     assert encoder.name == "huggingface" and "not installed" in why
     assert rows(encoder.encode(["The sea"])) == [tokenizer.encode("The sea")]
