@@ -127,7 +127,7 @@ fast_encoder._MOST_GROWTH = int(sys.argv[2])
 tokenizer = TextTokenizer.from_dir(sys.argv[1])
 encoder, rng = fast_encoder.GigatokenEncoder(tokenizer), random.Random(0)
 begin = fast_encoder._resident()
-for _ in range(12):
+for _ in range(20):
     letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=900_000))
     words = [letters[place : place + 9] for place in range(0, len(letters), 9)]
     texts = [" ".join(words[place : place + 500]) for place in range(0, len(words), 500)]
@@ -142,7 +142,7 @@ def test_the_cache_of_words_is_bounded(tokenizer_dir: Path) -> None:
         command = [sys.executable, "-c", RANDOM_WORDS, str(tokenizer_dir), str(most)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert growth(16 << 20) < 60 << 20 < 100 << 20 < growth(1 << 40)
+    assert 1.6 * growth(16 << 20) < growth(1 << 40)
 
 
 def test_gigatoken_is_chosen_where_it_agrees(holed: TextTokenizer) -> None:
