@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 
 def sync_file(file: IO[Any]) -> None:
     """Brings a file to the disk."""
@@ -25,3 +27,17 @@ def sync_folder(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         sync_folder(path)  # files are opened and synced in the same way
+
+
+def save(value: Any, file: IO[bytes]) -> None:
+    """`torch.save`, of whose failures the disk's are told as such: it would only say that it is at an unexpected place.
+
+    Raises:
+        OSError: no space, and the like.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

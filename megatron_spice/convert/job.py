@@ -47,7 +47,7 @@ def convert(source: Source, target: Target, folder: Path, asked: Mapping[str, An
         raise ValueError(f"{folder} exists; remove it or name another target")
     partial = folder.with_name(folder.name + ".partial")
     with _locked(partial):
-        _begin(partial, {**asked, "source": _fingerprint(source), "parts": len(target.parts)})
+        _begin(partial, {**asked, "source": str(source.folder.resolve()), "files": _files(source), "parts": len(target.parts)})
         done = {part.number for part in target.parts if _record(partial, part).exists()}
         left = [part for part in target.parts if part.number not in done]
         total, missing = (sum(part.num_bytes for part in parts) for parts in (target.parts, left))
@@ -108,14 +108,13 @@ def _begin(partial: Path, request: dict[str, Any]) -> None:
     before = json.loads(path.read_text())
     other = [key for key in request if before.get(key) != request[key]]
     if other:
-        what = "the source has changed since" if other == ["source"] else f"it was asked for with another {', '.join(other)}"
+        what = "the source has changed since" if other == ["files"] else f"it was asked for with another {', '.join(other)}"
         raise ValueError(f"{partial} was begun by another conversion: {what}; remove it to begin anew")
 
 
-def _fingerprint(source: Source) -> dict[str, Any]:
+def _files(source: Source) -> dict[str, Any]:
     """What tells whether a source is the same: its files' names, sizes and times of change."""
-    files = {str(path): (stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [path.stat()]}
-    return {"folder": str(source.folder.resolve()), "files": files}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [path.stat()]}
 
 
 def _need_space(partial: Path, num_bytes: int) -> None:

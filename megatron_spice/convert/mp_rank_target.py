@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.convert.disk import save
 from megatron_spice.convert.find import TRACKER
 from megatron_spice.convert.mp_rank_layout import (
     FILE,
@@ -74,8 +75,8 @@ class MpRankTarget:
         for seat in self._seats:
             path = self._path(folder, seat)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with torch.serialization.skip_data():
-                torch.save(self._state(seat), path)
+            with open(path, "wb") as file, torch.serialization.skip_data():
+                save(self._state(seat), file)
 
     def _state(self, seat: Seat) -> dict[str, Any]:
         """A rank's file, with tensors whose memory nobody has touched."""

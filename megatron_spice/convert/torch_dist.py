@@ -122,15 +122,16 @@ class TorchDistSource:
         sizes = {key: [n + 1 for n in max(s.index for s in self._spots.values() if s.key == key)] for key in keys}
         for entry, place in self._spots.items():
             check_dtype(self.dtype(entry), place.key, self.folder)
-            found = tuple(self._tensors[place.key].size)
-            wanted = (*sizes[place.key], *rank_shape(entry, self.architecture, 1))
-            rows = len(place.index)
-            same = found[:rows] == wanted[:rows] and found[rows + 1 :] == wanted[rows + 1 :] and len(found) == len(wanted)
-            real = self.architecture.vocab_size
-            if not same or (found[rows] < real if entry.kind == "vocabulary" else found[rows] != wanted[rows]):
+            found, depth = tuple(self._tensors[place.key].size), len(place.index)
+            shape = rank_shape(entry, self.architecture, 1)
+            if entry.kind == "vocabulary":  # padded, by how much depends on the layout that wrote it
+                rows = found[depth] if len(found) > depth else 0
+                shape = (max(rows, self.architecture.vocab_size), *shape[1:])
+            if found != (*sizes[place.key], *shape):
+                wanted = (*sizes[place.key], *shape)
                 raise ValueError(f"{self.folder}: {place.key} has shape {found}, {self.hf / 'config.json'} says {wanted}")
             covered = sum(math.prod(chunk.sizes) for chunk in self._chunks[place])
-            if covered != math.prod(found[rows:]):
+            if covered != math.prod(found[depth:]):
                 raise ValueError(f"{self.folder}: {place.key} {list(place.index)} is not whole: {covered} of its numbers are there")
 
     def _check_files(self) -> None:

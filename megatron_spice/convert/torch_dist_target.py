@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.hf_files import copy_small_files, set_dtype
 from megatron_spice.config.hf import ModelArchitecture
-from megatron_spice.convert.disk import sync_file
+from megatron_spice.convert.disk import save, sync_file
 from megatron_spice.convert.source import Source
 from megatron_spice.convert.target import Advance, Part, make_parts, raw_bytes
 from megatron_spice.convert.torch_dist import METADATA, spot
@@ -79,12 +79,12 @@ class TorchDistTarget:
             for entry in part.entries:
                 for key, offsets, tensor in chunks(entry, list(source.read(entry).values()), self.architecture):
                     start = file.tell()
-                    torch.save(_alone(tensor), file)
+                    save(_alone(tensor), file)
                     record.append([key, offsets, list(tensor.shape), start, file.tell() - start])
                     advance(tensor.nbytes)
                 for key in extra_states(entry, self.architecture):
                     start = file.tell()
-                    torch.save([None], file)
+                    save([None], file)
                     record.append([key, None, None, start, file.tell() - start])
             sync_file(file)
         return record

@@ -1,4 +1,5 @@
-"""A checkpoint is free of the layout that wrote it: what one layout wrote, the next loads bit for bit."""
+"""A checkpoint is free of the layout that wrote it: what one layout wrote, the next loads bit for bit, and so do the
+converter's way out and its way in."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import to_hf, to_torch_dist
+from hf_folders import assert_same_model
 from ranks import run_ranks
 from safetensors.torch import load_file
 from small_models import make_model
@@ -25,6 +28,7 @@ MIXTURE = {
     "virtual pipeline, expert 2": {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2, "expert_parallel_size": 2},
     "tensor 4, one expert rank": {"tensor_parallel_size": 4},
 }
+CONVERTED = [("dense", "tensor 2, pipeline 2"), ("mixture", "virtual pipeline, expert 2")]
 CASES = [("dense", name) for name in DENSE] + [("mixture", name) for name in MIXTURE]
 
 
@@ -39,9 +43,14 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(models, tmp_path_factory):
-    """What each layout has after loading what the layout before it in the list saved."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def folder(tmp_path_factory):
+    """Where each layout saves, in a folder of its kind and name."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def loaded(models, folder):
+    """What each layout has after loading what the layout before it in the list saved; and some of them what was converted."""
     jobs, names = [], []
     for kind, layouts in (("dense", DENSE), ("mixture", MIXTURE)):
         for name, degrees in layouts.items():
@@ -54,6 +63,11 @@ def loaded(models, tmp_path_factory):
             job = {"model": models[kind], "overrides": {"policy": layouts[name]}, "load": source}
             jobs.append({**job, "gather": True})
             names.append((kind, name))
+    for kind, name in CONVERTED:
+        source = str(to_torch_dist(models[kind], folder / "converted" / kind))
+        degrees = (DENSE | MIXTURE)[name]
+        jobs.append({"model": models[kind], "overrides": {"policy": degrees}, "load": source, "with_optimizer": False, "gather": True})
+        names.append((kind, f"converted, {name}"))
     results = [result["weights"] for result in run_ranks(4, ON_RANKS, "in_layouts", jobs)[0] if "weights" in result]
     return dict(zip(names, results))
 
@@ -64,3 +78,13 @@ def test_a_layout_loads_what_another_wrote(loaded, models, kind, name):
     source = load_file(models[kind] / "model.safetensors")
     assert weights.keys() == source.keys()
     assert [tensor for tensor in source if not torch.equal(weights[tensor], source[tensor])] == []
+
+
+@pytest.mark.parametrize("kind, name", CONVERTED)
+def test_a_layout_loads_what_the_converter_wrote(loaded, models, kind, name):
+    test_a_layout_loads_what_another_wrote(loaded, models, kind, f"converted, {name}")
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+def test_the_converter_reads_what_a_layout_wrote_with_its_optimiser(loaded, models, folder, tmp_path, kind, name):
+    assert_same_model(models[kind], to_hf(folder / kind / name, tmp_path / "back"))
