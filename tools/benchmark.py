@@ -10,12 +10,14 @@
     python tools/benchmark.py iteration --model assets/smollm2-135m-instruct --against trl
     python tools/benchmark.py preprocess --tokenizer assets/smollm2-135m-instruct --megatron-lm ../Megatron-LM
     python tools/benchmark.py passages
+    python tools/benchmark.py convert --gigabytes 3
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
 engines play uneven passages and says how long they had nothing to do; `iteration` times whole iterations of a recipe;
-`preprocess` makes shards of texts; `passages` reads random passages from a corpus. What each measures and how is told by
-`benchmark.py SUITE --help`. A suite is a module here with HELP, `add_arguments`, `jobs`, `run_rank` and `table`; its jobs run
-one after the other, each in ranks of its own (benchmark_ranks.py).
+`preprocess` makes shards of texts; `passages` reads random passages from a corpus; `convert` converts a checkpoint beside a
+plain copy of it. What each measures and how is told by `benchmark.py SUITE --help`. A suite is a module here with HELP,
+`add_arguments`, `jobs`, `run_rank` and `table`; its jobs run one after the other, each in ranks of its own
+(benchmark_ranks.py).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import benchmark_ranks  # noqa: E402
+import convert_benchmark  # noqa: E402
 import iteration_benchmark  # noqa: E402
 import passages_benchmark  # noqa: E402
 import policy_suite  # noqa: E402
@@ -47,7 +50,7 @@ from megatron_spice.cluster.children import die_with_parent  # noqa: E402
 
 SUITES: dict[str, Any] = {
     "policy": policy_suite, "sync": sync_benchmark, "rollout": rollout_benchmark, "iteration": iteration_benchmark,
-    "preprocess": preprocess_benchmark, "passages": passages_benchmark,
+    "preprocess": preprocess_benchmark, "passages": passages_benchmark, "convert": convert_benchmark,
 }  # fmt: skip
 VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy", "tokenizers", "gigatoken")
 

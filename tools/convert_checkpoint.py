@@ -138,7 +138,7 @@ def _convert(options: argparse.Namespace, source: Any, target: Any, asked: dict[
     started = time.perf_counter()
     num_bytes = convert(source, target, options.target, asked, options.processes, options.command)
     seconds = time.perf_counter() - started
-    print(f"{options.target}: {num_bytes / 1e9:.2f} GB written in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
+    print(f"{options.target}: {num_bytes / 1e9:.2f} GB written in {seconds:.2f} s ({num_bytes / 1e9 / seconds:.2f} GB/s)")
     return 0
 
 

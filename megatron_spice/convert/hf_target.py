@@ -23,7 +23,7 @@ import torch
 from megatron_spice.checkpoint.hf_files import copy_small_files, set_dtype
 from megatron_spice.config.engine_weights import SCALE_SUFFIX, block_fp8
 from megatron_spice.convert.source import Source
-from megatron_spice.convert.target import Advance, Part, make_parts, write_at
+from megatron_spice.convert.target import Advance, Part, Written, make_parts, write_at
 from megatron_spice.weights.fp8 import DTYPES as FP8
 from megatron_spice.weights.fp8 import WEIGHT_BLOCK, quantise
 from megatron_spice.weights.hf_folder import DTYPES, INDEX, SINGLE
@@ -108,7 +108,7 @@ class HFTarget:
     def open(self, folder: Path) -> None:
         pass
 
-    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Any:
+    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Written:
         descriptor = os.open(folder / self.places[part.entries[0].hf[0]].file, os.O_WRONLY)
         try:
             for entry in part.entries:
@@ -116,10 +116,10 @@ class HFTarget:
                     for own, result in self._results(name, tensor).items():
                         assert (result.shape, result.dtype) == (self.places[own].shape, self.places[own].dtype), own
                         write_at(descriptor, result, self.places[own].offset, advance)
-            os.fsync(descriptor)
-        finally:
+        except BaseException:
             os.close(descriptor)
-        return None
+            raise
+        return Written(None, [descriptor])
 
     def _results(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         if name not in self.quantised:

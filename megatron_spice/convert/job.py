@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_spice.convert.disk import sync_file, sync_folder, sync_tree
 from megatron_spice.convert.source import Source
-from megatron_spice.convert.target import Advance, Part, Target
+from megatron_spice.convert.target import Part, Target, Written
 from megatron_spice.convert.workers import Progress, write_parts
 
 STATE = ".convert"
@@ -51,11 +51,17 @@ def convert(source: Source, target: Target, folder: Path, asked: Mapping[str, An
         done = {part.number for part in target.parts if _record(partial, part).exists()}
         left = [part for part in target.parts if part.number not in done]
         total, missing = (sum(part.num_bytes for part in parts) for parts in (target.parts, left))
-        _need_space(partial, missing)
+        _need_space(partial, total)
         progress = Progress(label, total, total - missing)
         try:
             _prepare(partial, target)
-            write_parts(left, lambda part, advance: _write(partial, target, part, source, advance), processes, progress)
+            write_parts(
+                left,
+                lambda part, advance: target.write(part, partial, source, advance),
+                lambda part, written: _keep(_record(partial, part), written),
+                processes,
+                progress,
+            )
             target.finish(partial, [json.loads(_record(partial, part).read_text()) for part in target.parts])
             shutil.rmtree(partial / STATE)
             sync_tree(partial)
@@ -118,10 +124,13 @@ def _files(source: Source) -> dict[str, Any]:
 
 
 def _need_space(partial: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(partial).free
+    """Looks before anything is written; what an earlier run took up counts as free."""
+    taken = sum(512 * path.stat().st_blocks for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(partial).free + taken
     if num_bytes + SPARE > free:
         raise ValueError(
-            f"{partial.parent} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are to be written; make room or name another target"
+            f"{partial.parent} has room for {free / 1e9:.2f} GB, {num_bytes / 1e9:.2f} GB are to be written; make room or name another "
+            "target"
         )
 
 
@@ -134,9 +143,12 @@ def _prepare(partial: Path, target: Target) -> None:
     target.open(partial)
 
 
-def _write(partial: Path, target: Target, part: Part, source: Source, advance: Advance) -> None:
-    record = target.write(part, partial, source, advance)
-    _write_json(_record(partial, part), record)
+def _keep(path: Path, written: Written) -> None:
+    """Brings a part to the disk, then writes its record, which says that it is there."""
+    for descriptor in written.descriptors:
+        os.fsync(descriptor)
+        os.close(descriptor)
+    _write_json(path, written.record)
 
 
 def _record(partial: Path, part: Part) -> Path:

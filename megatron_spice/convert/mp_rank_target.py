@@ -31,7 +31,7 @@ from megatron_spice.convert.mp_rank_layout import (
     seats,
 )
 from megatron_spice.convert.source import Source
-from megatron_spice.convert.target import Advance, Part, make_parts, write_at
+from megatron_spice.convert.target import Advance, Part, Written, make_parts, write_at
 from megatron_spice.weights.names import Entry, rank_shape, split_for_rank
 from megatron_spice.weights.stage import Key, Stage
 
@@ -104,7 +104,7 @@ class MpRankTarget:
                 if tensor is not None
             }
 
-    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Any:
+    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Written:
         files: dict[Seat, int] = {}
         try:
             for entry in part.entries:
@@ -116,12 +116,11 @@ class MpRankTarget:
                             if seat not in files:
                                 files[seat] = os.open(self._path(folder, seat), os.O_WRONLY)
                             write_at(files[seat], mine, self._offsets[seat][key], advance)
-            for descriptor in files.values():
-                os.fsync(descriptor)
-        finally:
+        except BaseException:
             for descriptor in files.values():
                 os.close(descriptor)
-        return None
+            raise
+        return Written(None, list(files.values()))
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
         (folder / TRACKER).write_text(RELEASE)

@@ -38,6 +38,14 @@ class Part:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A part that was written: its record, and the descriptors of its files, which are to be synced and closed."""
+
+    record: Any
+    descriptors: Sequence[int]
+
+
 class Target(Protocol):
     """A checkpoint to be written into an empty folder.
 
@@ -53,8 +61,8 @@ class Target(Protocol):
     def open(self, folder: Path) -> None:
         """Called in each run after `prepare`, before the processes part."""
 
-    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Any:
-        """Writes a part, to the disk and not only to memory, and returns its record."""
+    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Written:
+        """Writes a part; that it reaches the disk is for the caller to see to."""
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
         """Writes what says how the parts belong together; `records` are in the order of the parts."""

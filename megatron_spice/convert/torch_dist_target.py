@@ -11,6 +11,7 @@ at it, and it would take more time than everything else.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,9 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.hf_files import copy_small_files, set_dtype
 from megatron_spice.config.hf import ModelArchitecture
-from megatron_spice.convert.disk import save, sync_file
+from megatron_spice.convert.disk import save
 from megatron_spice.convert.source import Source
-from megatron_spice.convert.target import Advance, Part, make_parts, raw_bytes
+from megatron_spice.convert.target import Advance, Part, Written, make_parts, raw_bytes
 from megatron_spice.convert.torch_dist import METADATA, spot
 from megatron_spice.weights.names import Entry, rank_shape, split_for_rank
 
@@ -72,8 +73,8 @@ class TorchDistTarget:
     def open(self, folder: Path) -> None:
         pass
 
-    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Any:
-        record = []
+    def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Written:
+        record: list[Any] = []
         torch.serialization.set_crc32_options(False)
         with open(folder / store.WEIGHTS / _file(part.number), "wb") as file:
             for entry in part.entries:
@@ -86,8 +87,8 @@ class TorchDistTarget:
                     start = file.tell()
                     save([None], file)
                     record.append([key, None, None, start, file.tell() - start])
-            sync_file(file)
-        return record
+            file.flush()
+            return Written(record, [os.dup(file.fileno())])
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
         weights = folder / store.WEIGHTS

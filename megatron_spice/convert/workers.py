@@ -1,7 +1,7 @@
 """Processes that write the parts of a target, and what a person sees of it.
 
 Each takes the next part that nobody has, so they end at about the same time. They are forked, so that starting one costs
-milliseconds, and one thread each. They never outlive the parent: the kernel ends them with it, however it ends, and a part
+milliseconds. While a part is on its way to the disk the next one is written to memory. They never outlive the parent: the kernel ends them with it, however it ends, and a part
 they were at is written again the next time.
 """
 
@@ -13,15 +13,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
 from megatron_spice.cluster.children import die_with_parent
-from megatron_spice.convert.target import Advance, Part
+from megatron_spice.convert.target import Advance, Part, Written
 
-Write = Callable[[Part, Advance], None]
+Write = Callable[[Part, Advance], Written]
+Keep = Callable[[Part, Written], None]
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -29,11 +31,14 @@ class WorkerFailed(RuntimeError):
     """A process ended before its work did."""
 
 
-def write_parts(parts: Sequence[Part], write: Write, processes: int, progress: Callable[[int], None]) -> None:
-    """Calls `write` for each part, in several processes; `progress` is told of all bytes written so far.
+def write_parts(
+    parts: Sequence[Part], write: Write, keep: Keep, processes: int, progress: Callable[[int], None]
+) -> None:
+    """Calls `write` for each part, and `keep` with what it gave back, in several processes; `progress` is told of all bytes
+    written so far.
 
     Raises:
-        OSError, ValueError: what `write` raised.
+        OSError, ValueError: what they raised.
         WorkerFailed: a process was killed.
     """
     count = min(processes, len(parts))
@@ -43,7 +48,7 @@ def write_parts(parts: Sequence[Part], write: Write, processes: int, progress: C
     try:
         for slot in range(count):
             reply, theirs = _FORK.Pipe(duplex=False)
-            arguments = (parts, write, taken, written, slot, theirs, os.getpid())
+            arguments = (parts, write, keep, taken, written, slot, theirs, os.getpid())
             workers.append(_FORK.Process(target=_work, args=arguments, daemon=True))
             workers[-1].start()
             theirs.close()
@@ -73,7 +78,9 @@ def _check(worker: Any, reply: Connection) -> None:
         raise WorkerFailed(f"a process was ended {how}{hint}")
 
 
-def _work(parts: Sequence[Part], write: Write, taken: Any, written: Any, slot: int, reply: Connection, parent: int) -> None:
+def _work(
+    parts: Sequence[Part], write: Write, keep: Keep, taken: Any, written: Any, slot: int, reply: Connection, parent: int
+) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -82,17 +89,23 @@ def _work(parts: Sequence[Part], write: Write, taken: Any, written: Any, slot: i
     def advance(count: int) -> None:
         written[slot] += count
 
-    while True:
-        with taken.get_lock():
-            number = taken.value
-            taken.value += 1
-        if number >= len(parts):
-            return
-        try:
-            write(parts[number], advance)
-        except (OSError, ValueError) as error:
-            reply.send(error)
-            return
+    try:
+        with ThreadPoolExecutor(1) as keeper:
+            keeping: Future[None] = keeper.submit(lambda: None)
+            while (number := _take(taken)) < len(parts):
+                made = write(parts[number], advance)
+                keeping.result()
+                keeping = keeper.submit(keep, parts[number], made)
+            keeping.result()
+    except (OSError, ValueError) as error:
+        reply.send(error)
+
+
+def _take(taken: Any) -> int:
+    """The next part's number."""
+    with taken.get_lock():
+        taken.value += 1
+        return taken.value - 1
 
 
 class Progress:

@@ -81,7 +81,9 @@ def test_it_goes_on_where_it_was_stopped(model, tmp_path, kind, how):
         _convert(model, kind, tmp_path / "out", first, fail_at=3, how=how)
     assert not (tmp_path / "out").exists() and first == [0, 1, 2, 3]
     _convert(model, kind, tmp_path / "out", second, processes=2)
-    assert sorted(second) == list(range(3, max(second) + 1)) and max(second) > 4
+    # The part at which it was stopped, and if it was killed the one before, which may have been on its way to the disk.
+    assert sorted(second) == list(range(min(second), max(second) + 1)) and max(second) > 4
+    assert min(second) == 3 or (how is not _no_space and min(second) == 2)
     _convert(model, kind, tmp_path / "through", [])
     files = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for name, path in files.items():
@@ -129,7 +131,7 @@ def test_two_at_once_are_kept_apart(model, tmp_path):
 
 def test_space_is_looked_for_before_anything_is_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
-    with pytest.raises(ValueError, match="GB free"):
+    with pytest.raises(ValueError, match="has room for 0.00 GB"):
         _convert(model, "torch_dist", tmp_path / "out", [])
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out.partial/weights"))
 
