@@ -234,12 +234,14 @@ def test_a_run_with_engines_that_run_already(recipe, tmp_path, monkeypatch):
             list(closers.map(lambda server: server.close(), servers))
 
 
-def test_tensor_parallel_ranks_feed_a_tensor_parallel_engine(recipe, tmp_path):
+def test_a_converted_model_is_trained_by_tensor_parallel_ranks_that_feed_a_tensor_parallel_engine(recipe, tmp_path):
+    tool("convert_checkpoint", "hf-to-megatron", recipe.parent / "hf", tmp_path / "megatron")
+    run = tmp_path / "run"
     _finish(_start(
-        recipe, tmp_path, "train.iterations=1", "policy.pipeline_parallel_size=1", "policy.tensor_parallel_size=2",
-        "rollout.tensor_parallel_size=2",
+        recipe, run, "train.iterations=1", "policy.pipeline_parallel_size=1", "policy.tensor_parallel_size=2",
+        "rollout.tensor_parallel_size=2", f"policy.model={tmp_path / 'megatron'}",
     ))  # fmt: skip
-    [metrics] = _metrics(tmp_path)
+    [metrics] = _metrics(run)
     assert metrics["sync/difference"] < 0.02
 
 

@@ -1,7 +1,7 @@
 """`tools/benchmark.py convert`: a random model of some gigabytes to Megatron and back, beside a plain copy of the same bytes.
 
-The copy is `cp` of the folder and an fsync of each file, because a conversion too ends when its bytes are on the disk. Copy
-and conversions take turns, because the machine may have other work; the median of each is reported. The start of the
+The copy is `cp` of the folder and an fsync of each file, because a conversion too ends when its bytes are on the disk. A copy
+goes before each conversion, because the machine may have other work; the median of each is reported. The start of the
 tool (Python and torch) is told apart: it takes as long for a model of any size.
 
 Memory is what the tool's processes have together that is nobody's file (proportional, from `/proc/PID/smaps_rollup`): pages of
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
     parser.add_argument("--gigabytes", type=positive, default=3, help="size of the model in bfloat16 (default 3)")
     parser.add_argument("--processes", type=positive, help="of the tool (default: all cores)")
-    parser.add_argument("--rounds", type=positive, default=3, help="each converts in every way and copies once (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="each converts in every way, with a copy before it (default 3)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where files are written and removed")
 
 
@@ -80,7 +80,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 way, f"{took:.2f}", f"{result['gigabytes'] / took:.2f}", f"{took / copy:.2f}", f"{start:.2f}", f"{memory / 1e6:.0f}",
                 f"{memory / result['largest_tensor']:.2f}", f"{memory / result['largest_file']:.2f}",
             ))  # fmt: skip
-        lines += [f"{result['gigabytes']:.2f} GB, {result['processes']} processes, median of {len(result['seconds']['copy'])}", columns(rows)]
+        lines += [f"{result['gigabytes']:.2f} GB, {result['processes']} processes, median of {result['rounds']} rounds", columns(rows)]
     return "\n".join(lines)
 
 
@@ -104,11 +104,11 @@ def _measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     found: dict[str, dict[str, list[float]]] = {"seconds": {"copy": []}, "start": {}, "memory": {}}
     for _ in range(job["rounds"]):
-        found["seconds"]["copy"].append(_copy(model, folder / "copy"))
         for way, (arguments, made) in ways.items():
             arguments = [*arguments, "--processes", job["processes"]]
             memory = _convert(arguments, watched=True)[2]
             shutil.rmtree(made)
+            found["seconds"]["copy"].append(_copy(model, folder / "copy"))
             whole, inside, _ = _convert(arguments)
             for key, value in (("seconds", inside), ("start", whole - inside), ("memory", memory)):
                 found[key].setdefault(way, []).append(value)
@@ -116,7 +116,8 @@ def _measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 shutil.rmtree(made)
         shutil.rmtree(dist)
     return {
-        "layout": "one machine", "gigabytes": num_bytes / 1e9, "processes": job["processes"], "largest_tensor": largest,
+        "layout": "one machine", "gigabytes": num_bytes / 1e9, "processes": job["processes"], "rounds": job["rounds"],
+        "largest_tensor": largest,
         "largest_file": max(path.stat().st_size for path in model.glob("*.safetensors")), **found,
     }  # fmt: skip
 

@@ -1,18 +1,16 @@
-"""Reading and writing a Hugging Face model folder: safetensors by name."""
+"""Reading a Hugging Face model folder: safetensors by name."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_spice.checkpoint.hf_files import copy_small_files
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.weights.names import Entry, hf_shapes
 
@@ -141,37 +139,3 @@ def _weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise ValueError(f"{index} names a file outside of its folder: {outside[0]}")
     return files
-
-
-def write_hf_folder(
-    tensors: Iterator[tuple[str, torch.Tensor]], small_files: Path, target: Path, shard_bytes: int = 4 << 30
-) -> None:
-    """Writes tensors as safetensors shards of about `shard_bytes` with an index, next to the small files."""
-    copy_small_files(small_files, target)
-    shard: dict[str, torch.Tensor] = {}
-    weight_map: dict[str, int] = {}
-    number, size, total = 1, 0, 0
-    for name, tensor in tensors:
-        count = tensor.numel() * tensor.element_size()
-        if shard and size + count > shard_bytes:
-            save_file(shard, target / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
-            shard, size = {}, 0
-            number += 1
-        shard[name] = tensor.contiguous()
-        weight_map[name] = number
-        size += count
-        total += count
-    save_file(shard, target / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
-    _name_shards(target, weight_map, number, total)
-
-
-def _name_shards(target: Path, weight_map: dict[str, int], count: int, total: int) -> None:
-    """Gives the shards the names that every reader expects."""
-    if count == 1:
-        (target / "shard-00001.safetensors").rename(target / SINGLE)
-        return
-    final = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
-    for number, name in final.items():
-        (target / f"shard-{number:05d}.safetensors").rename(target / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[n] for name, n in weight_map.items()}}
-    (target / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))

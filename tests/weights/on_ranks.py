@@ -17,6 +17,9 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
 
     here = topology.from_environment(platform.prepare("cpu"))  # before anything that imports Megatron
 
+    from hf_folders import write_tensors
+
+    from megatron_spice.checkpoint.hf_files import copy_small_files
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.schema import Config
     from megatron_spice.game.records import Sampling
@@ -25,7 +28,6 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
     from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS
     from megatron_spice.rollout.supervisor import SglangEngine
     from megatron_spice.weights import sync
-    from megatron_spice.weights.hf_folder import write_hf_folder
 
     config = Config.model_validate({
         "run": {"dir": folder}, "corpus": {"path": folder},
@@ -59,7 +61,8 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
             policy.wake()
             exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
             if here.is_first:
-                write_hf_folder(iter(exported), Path(model), Path(folder) / "exported")
+                copy_small_files(Path(model), Path(folder) / "exported")
+                write_tensors(Path(folder) / "exported", dict(exported))
                 result["version"] = engines[0].weight_version()
                 [completion] = asyncio.run(_greedy(engines[0], Sampling(temperature=0.0, max_new_tokens=8)))
                 result["greedy"] = completion.completion_ids
