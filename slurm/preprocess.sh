@@ -15,6 +15,8 @@
 # Each task of the array makes its run of the inputs in DIR.tasks/00000, 00001, ...; the one that ends last joins them to DIR by
 # their tables, so DIR.tasks stays. A task that was ended (preempted, out of time, out of memory) keeps its finished parts and goes
 # on with them: `scontrol requeue JOB_TASK`, or the same sbatch again, which passes by what is there.
+# With --dedup an array is submitted twice: the first time its tasks read their shares, the second time, knowing all of them, they
+# make the corpus (what they share is in DIR.tasks/stages).
 # To finish on one machine what an array has begun, or to do all its tasks there one after the other, say how many they are:
 #
 #   SPICE_TASKS=64 bash slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR

@@ -35,6 +35,7 @@ from megatron_spice.corpus.encoder_check import BACKENDS, choose_encoder  # noqa
 from megatron_spice.corpus.inputs import find_inputs  # noqa: E402
 from megatron_spice.corpus.manifest import FILE_NAME, Manifest  # noqa: E402
 from megatron_spice.corpus.parts import first_texts  # noqa: E402
+from megatron_spice.corpus.stages import NotAllJudged  # noqa: E402
 from megatron_spice.corpus.stages.arguments import add_stage_arguments, stage_options  # noqa: E402
 from megatron_spice.corpus.tokenizer import TextTokenizer  # noqa: E402
 from megatron_spice.corpus.units import ReadOptions  # noqa: E402
@@ -84,6 +85,9 @@ def main(arguments: Sequence[str]) -> int:
         )  # fmt: skip
         code = already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
         return corpus_commands.verify([output]) if args.verify and code == 0 else code
+    except NotAllJudged as others:
+        print(f"{output}: {others}; give the same command again when all tasks have been here, to make the corpus")
+        return 0
     except (ValueError, FileNotFoundError) as error:
         return complain(error, output, 2)
     except (OSError, RuntimeError) as error:  # WorkerLost among them

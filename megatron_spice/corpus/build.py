@@ -25,12 +25,12 @@ from megatron_spice.corpus.combine import Piece, combine
 from megatron_spice.corpus.fast_encoder import Encoder, HuggingFaceEncoder
 from megatron_spice.corpus.inputs import InputFile
 from megatron_spice.corpus.manifest import Manifest
-from megatron_spice.corpus.parts import COUNTS, PartMaker, deal
+from megatron_spice.corpus.parts import COUNTS, PartMaker, deal, share_of
 from megatron_spice.corpus.stages import StageOptions, prepare
 from megatron_spice.corpus.tokenizer import TextTokenizer
-from megatron_spice.corpus.units import ReadOptions
+from megatron_spice.corpus.units import ReadOptions, Unit
 from megatron_spice.corpus.workers import make_parts
-from megatron_spice.corpus.workspace import STAGES, workspace
+from megatron_spice.corpus.workspace import STAGES, shared_folder, workspace
 
 
 @dataclass
@@ -59,10 +59,6 @@ class Request:
     reading: ReadOptions = field(default_factory=ReadOptions)
     task: tuple[int, int] | None = None
     stages: StageOptions = field(default_factory=StageOptions)
-
-    def __post_init__(self) -> None:
-        if self.task and self.stages.dedup:
-            raise ValueError("--dedup sees the documents of one run, so with --task others' duplicates would stay: use one")
 
     def described(self) -> dict:
         """The request as JSON, to tell whether another is the same."""
@@ -104,19 +100,23 @@ def build_corpus(
         BadInput: no passage came out; ValueError: (strict) a line is broken, or an input is otherwise at fault.
         Unfinished: an unfinished run is in the way.
         OSError, WorkerLost: the corpus could not be written; finished parts are kept.
+        NotAllJudged: a task that finds duplicates has done what it can before the others have.
     """
     output = request.output
     if output.exists() and any(output.iterdir()):
         raise BadInput(f"{output} is not empty; delete it or give another --output")
     described = request.described()
-    units = deal(request.inputs, request.reading, request.task or (0, 1))
+    everything = deal(request.inputs, request.reading)
+    mine = share_of(len(everything), request.task or (0, 1))
+    units = everything[mine.start : mine.stop] or [Unit(())]  # a corpus has at least one part, which may be empty
     with workspace(output, {**described, "parts": len(units)}, restart=restart) as folder:
         encoder = encoder or HuggingFaceEncoder(request.tokenizer)
         stages = None
         if request.stages:
+            apart = request.task and not request.stages.dedup
             stages = prepare(
-                units, request.stages, folder / STAGES, workers,
-                reading=request.reading, strict=strict, on_progress=on_step, say=say,
+                units if apart else everything, request.stages, _stage_folder(request, described, folder), workers,
+                mine=None if apart else mine, reading=request.reading, strict=strict, on_progress=on_step, say=say,
             )  # fmt: skip
         maker = PartMaker(folder, units, request.tokenizer, encoder, request.options, request.reading, strict, stages)
         _make_missing(maker, workers, on_progress, on_bad_line)
@@ -132,6 +132,13 @@ def same_request(manifest: Manifest, request: Request) -> list[str]:
     wanted["tokenizer"], tokenizer = wanted["tokenizer"]["hash"], manifest.tokenizer["hash"]
     have = {"tokenizer": tokenizer, "options": manifest.options, "task": manifest.task, "inputs": manifest.inputs}
     return [name for name, want in wanted.items() if have[name] != want]
+
+
+def _stage_folder(request: Request, described: dict, workspace_folder: Path) -> Path:
+    """Where stages keep what they find: in the workspace, or in one place for all tasks that look for duplicates together."""
+    if not (request.task and request.stages.dedup):
+        return workspace_folder / STAGES
+    return shared_folder(request.output.parent / STAGES, {**described, "task": None})
 
 
 def _make_missing(

@@ -38,17 +38,20 @@ COUNTS = ("disk_bytes", "text_bytes", "documents", "tokens", "passages")
 """What workers count as they go, one i64 each: input read, text in it, and what came of it."""
 
 
-def deal(inputs: Sequence[InputFile], options: ReadOptions, task: tuple[int, int] = (0, 1)) -> list[Unit]:
-    """The units of the inputs, in order; of `task` (i, n) only the i-th of n runs of them.
+def deal(inputs: Sequence[InputFile], options: ReadOptions) -> list[Unit]:
+    """The units of the inputs, in order.
 
     Raises:
         ValueError: a file cannot be used at all.
     """
     total = sum(file.path.stat().st_size for file in inputs)
-    units = split_into_units(inputs, min(max(total // _UNITS, SMALLEST_UNIT), LARGEST_UNIT), options)
+    return split_into_units(inputs, min(max(total // _UNITS, SMALLEST_UNIT), LARGEST_UNIT), options)
+
+
+def share_of(units: int, task: tuple[int, int]) -> range:
+    """Which of so many units are those of `task` (i, n): the i-th of n runs of them."""
     number, tasks = task
-    mine = units[len(units) * number // tasks : len(units) * (number + 1) // tasks]
-    return mine or [Unit(())]  # a corpus has at least one part, which may be empty
+    return range(units * number // tasks, units * (number + 1) // tasks)
 
 
 def first_texts(inputs: Sequence[InputFile], options: ReadOptions) -> list[str]:
@@ -127,9 +130,11 @@ class PartMaker:
 
 def _staying(documents: Iterable[Document], prepared: Prepared, number: int, removed: Removed) -> Iterator[Document]:
     """The documents that the stages leave in; the others are put on record."""
-    stages = Stages(prepared)
-    stages.begin(number)
+    stages = None
     for document in documents:
+        if stages is None:  # not where there are none: such a unit may be no unit of the inputs
+            stages = Stages(prepared)
+            stages.begin(number)
         removal = stages.why_not(document)
         if removal is None:
             yield document

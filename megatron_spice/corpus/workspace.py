@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,12 +95,35 @@ def _agree(folder: Path, output: Path, request: dict, restart: bool) -> None:
                 f"{folder} holds {done} finished parts of an unfinished run that was asked for something else: "
                 f"{'; '.join(different)}; ask for the same to go on with it, or give --restart to throw them away"
             )
-    text = json.dumps(request, indent=1)
-    with open(folder / "request.new", "w", encoding="utf-8") as file:
-        file.write(text)
+    _write(path, request)
+
+
+def shared_folder(folder: Path, request: dict) -> Path:
+    """A folder that several runs use at once, with the same request.
+
+    Raises:
+        Unfinished: it is of another request.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "request.json"
+    if path.is_file():
+        different = differences(_read(path), request)
+        if different:
+            raise Unfinished(
+                f"{folder} is of tasks that were asked for something else: {'; '.join(different)}; "
+                "ask for the same, delete it, or give another --output"
+            )
+    else:
+        _write(path, request)
+    return folder
+
+
+def _write(path: Path, request: dict) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".request.", delete=False, encoding="utf-8") as file:
+        file.write(json.dumps(request, indent=1))
         file.flush()
         os.fsync(file.fileno())
-    os.rename(folder / "request.new", path)
+    os.replace(file.name, path)
 
 
 def _read(path: Path) -> dict:

@@ -177,13 +177,42 @@ def test_a_killed_run_is_taken_up(run, texts: list[str], tmp_path: Path, monkeyp
     assert removed(tmp_path / "corpus") == GONE
 
 
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+def test_tasks_find_each_others_duplicates(
+    run,
+    tool,
+    texts: list[str],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dedup: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_spice.corpus.parts.SMALLEST_UNIT", 200)
+    stages = [*STAGES[:-1], dedup]
+    tasks = tmp_path / "tasks.tasks"
+    for number in range(3):
+        assert run("tasks", *stages, "--task", f"{number}/3") == 0
+        assert ("give the same command again" in capsys.readouterr().out) == (number < 2)
+        assert (tasks / f"{number:05d}" / "manifest.json").exists() == (number == 2)
+    assert run("tasks", *stages[:-2], "--dedup", "exact" if dedup == "minhash" else "minhash", "--task", "0/3") == 2
+    assert "is of tasks that were asked for something else: options.stages.dedup" in capsys.readouterr().err
+    for number in range(3):
+        assert run("tasks", *stages, "--task", f"{number}/3") == 0
+    folders = [tasks / f"{number:05d}" for number in range(3)]
+    assert tool.main(["merge", str(tmp_path / "tasks"), *map(str, folders)]) == 0
+    assert run("one", *stages) == 0
+    assert removed(tmp_path / "tasks") == removed(tmp_path / "one") != []
+    assert kept(tmp_path / "tasks", model_dir) == kept(tmp_path / "one", model_dir)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--filter", "c5"], "--filter c5: there is none of this name; choose from gopher-quality"),
         (["--language", "english"], "--language english: the model knows"),
         (["--decontaminate", "nowhere.jsonl"], "--decontaminate: input nowhere.jsonl: no such file"),
-        (["--dedup", "exact", "--task", "0/2"], "others' duplicates would stay"),
         (["--filter", "gopher-quality"], "7 gopher-quality"),
     ],
 )

@@ -1,8 +1,8 @@
 """JSON lines: one object a line, of which the text and the source are taken. Blank lines are nothing.
 
 Lines are decoded by msgspec into just these two keys: everything else is skipped without being made (twenty million
-`[]` in a line cost nothing), at about 2 GB/s. It is strict, so a line that it refuses is looked at again by `json`, which
-takes what Python itself writes (NaN, endless integers) and explains the rest; that is bounded by `_SECOND_LOOK`.
+`[]` in a line cost nothing), at about 2 GB/s. It is strict, so a line that it refuses is looked at again by `json`,
+which takes what Python itself writes (NaN, endless integers) and explains the rest; `_SECOND_LOOK` bounds that.
 Files that are not compressed are cut at the first line end after each multiple of the target, found by looking there.
 """
 

@@ -5,6 +5,6 @@ datatrove is imported before a stage is asked for.
 """
 
 from megatron_spice.corpus.stages.options import FILTERS, Removal, StageOptions
-from megatron_spice.corpus.stages.preparation import Prepared, Stages, prepare
+from megatron_spice.corpus.stages.preparation import NotAllJudged, Prepared, Stages, prepare
 
-__all__ = ["FILTERS", "Prepared", "Removal", "StageOptions", "Stages", "prepare"]
+__all__ = ["FILTERS", "NotAllJudged", "Prepared", "Removal", "StageOptions", "Stages", "prepare"]

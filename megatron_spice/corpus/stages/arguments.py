@@ -10,7 +10,8 @@ from megatron_spice.corpus.stages.options import DEDUP, FILTERS, StageOptions
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = StageOptions()
     add = parser.add_argument_group("stages that leave documents out (see removed.jsonl.gz in the output)").add_argument
-    add("--filter", type=_names, action="extend", default=[], metavar="NAME,...", help=", ".join(FILTERS))
+    add("--filter", type=_names, action="extend", default=[], metavar="NAME,...",
+        help=f"quality: {', '.join(FILTERS)}")  # fmt: skip
     add("--language", type=_names, action="extend", default=[], metavar="CODE,...",
         help="keep documents in one of these languages, such as en,de")  # fmt: skip
     add("--language-threshold", type=float, default=defaults.language_threshold, metavar="P",

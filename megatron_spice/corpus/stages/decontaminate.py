@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,13 +48,17 @@ def build_index(arguments: Sequence[str], ngram: int, folder: Path, say: Callabl
         if short:
             say(f"--decontaminate: {short} of the {items} items of {path} have under {ngram} words: not looked for")
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
-    partial = folder / f".{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=folder))
     np.save(partial / "hashes.npy", unique)
     np.save(partial / "origins.npy", np.concatenate(origins)[first])
     (partial / "files.json").write_text(json.dumps([str(path) for path in files]))
-    os.rename(partial, folder / FOLDER)
+    try:
+        os.rename(partial, folder / FOLDER)
+    except OSError:
+        shutil.rmtree(partial)
+        if not (folder / FOLDER).is_dir():  # and not that another task has made the same meanwhile
+            raise
 
 
 def contamination_judge(folder: Path, ngram: int) -> Callable[[str], Removal | None]:
