@@ -39,7 +39,7 @@ from megatron_spice.corpus.stages import NotAllJudged  # noqa: E402
 from megatron_spice.corpus.stages.arguments import add_stage_arguments, stage_options  # noqa: E402
 from megatron_spice.corpus.tokenizer import TextTokenizer  # noqa: E402
 from megatron_spice.corpus.units import ReadOptions  # noqa: E402
-from megatron_spice.corpus.workers import WorkerLost, usable_cores  # noqa: E402
+from megatron_spice.corpus.workers import usable_cores  # noqa: E402
 from megatron_spice.corpus.workspace import finished_parts, has_work, workspace_path  # noqa: E402
 
 
@@ -83,14 +83,14 @@ def main(arguments: Sequence[str]) -> int:
             BuildOptions(args.max_tokens, args.min_tokens, args.shard_tokens),
             ReadOptions(args.text_key, args.source_key), args.task, stage_options(args),
         )  # fmt: skip
-        code = already_there(request) if (output / FILE_NAME).is_file() else build(request, args, arguments)
+        code = already_there(request, args.strict) if (output / FILE_NAME).is_file() else build(request, args, arguments)
         return corpus_commands.verify([output]) if args.verify and code == 0 else code
     except NotAllJudged as others:
         print(f"{output}: {others}; give the same command again when all tasks have been here, to make the corpus")
         return 0
     except (ValueError, FileNotFoundError) as error:
         return complain(error, output, 2)
-    except (OSError, RuntimeError) as error:  # WorkerLost among them
+    except (OSError, RuntimeError) as error:  # a lost worker among them
         return complain(error, output, 1)
     except (KeyboardInterrupt, SystemExit) as ending:
         complain("interrupted", output, 1)
@@ -113,7 +113,7 @@ def build(request: Request, args: argparse.Namespace, arguments: Sequence[str]) 
     return 0
 
 
-def already_there(request: Request) -> int:
+def already_there(request: Request, strict: bool) -> int:
     """Say that the corpus exists; an error when it is not the one that is asked for, or not whole."""
     output, manifest = request.output, Manifest.read(request.output)
     different = same_request(manifest, request)
@@ -122,6 +122,8 @@ def already_there(request: Request) -> int:
             f"{output} is a corpus made with different {' and '.join(different)} "
             f"(by: {shlex.join(manifest.command)}); delete it or give another --output"
         )
+    if strict and manifest.skipped.get("bad_lines"):
+        raise ValueError(f"{output} was made without {manifest.skipped['bad_lines']} broken lines, see its bad_lines.txt")
     manifest.check_files(output)
     print(f"{output} is already there: {manifest.passages:,} passages of {manifest.documents:,} documents")
     return 0

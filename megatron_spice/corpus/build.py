@@ -144,16 +144,16 @@ def _stage_folder(request: Request, described: dict, workspace_folder: Path) -> 
 def _make_missing(
     maker: PartMaker, workers: int, on_progress: Callable[[BuildProgress], None], on_bad_line: Callable[[str], None]
 ) -> None:
-    """Make the parts that no earlier run has finished."""
+    """Make the parts that no earlier run has finished, or (strict) has finished without their broken lines."""
     total = sum(unit.disk_bytes for unit in maker.units)
     before = np.zeros(len(COUNTS), dtype=np.int64)
     missing = []
     for number, unit in enumerate(maker.units):
-        if maker.is_finished(number):
-            manifest = Manifest.read(maker.path(number))
-            before += [unit.disk_bytes, 0, manifest.documents, manifest.tokens, manifest.passages]
-        else:
+        manifest = Manifest.read(maker.path(number)) if maker.is_finished(number) else None
+        if manifest is None or (maker.strict and manifest.skipped.get("bad_lines")):
             missing.append(number)
+        else:
+            before += [unit.disk_bytes, 0, manifest.documents, manifest.tokens, manifest.passages]
 
     def on_tick(counts: np.ndarray) -> None:
         on_progress(BuildProgress(total, **dict(zip(COUNTS, (before + counts).tolist()))))

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,20 +56,32 @@ def share_of(units: int, task: tuple[int, int]) -> range:
 
 def first_texts(inputs: Sequence[InputFile], options: ReadOptions) -> list[str]:
     """Some texts from the start of some inputs, spread over all: a sample to try an encoder on."""
-    texts = []
+    texts: list[str] = []
     for file in inputs[:: max(len(inputs) // _SAMPLED_INPUTS, 1)][:_SAMPLED_INPUTS]:
-        size = 0
         units = split_into_units([file], LARGEST_UNIT, options)
-        for document in read_unit(units[0], _ignore, options) if units else ():
-            texts.append(document.text[:_SAMPLE_CHARACTERS])
-            size += len(texts[-1])
-            if size >= _SAMPLE_CHARACTERS:
-                break
+        with suppress(_Enough):
+            size = 0
+            for document in read_unit(units[0], _Patience(), options) if units else ():
+                texts.append(document.text[:_SAMPLE_CHARACTERS])
+                size += len(texts[-1]) + 1
+                if size >= _SAMPLE_CHARACTERS:
+                    break
     return texts
 
 
-def _ignore(path: str, line: int, reason: str) -> None:
-    """A broken line met while taking a sample is told of when its part is made."""
+class _Enough(Exception):
+    """There is nothing to sample in a file."""
+
+
+class _Patience:
+    """Takes the broken lines that a sample meets; they are told of when their part is made. A file of nothing else is left."""
+
+    left = 1000
+
+    def __call__(self, path: str, line: int, reason: str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise _Enough
 
 
 @dataclass(frozen=True)

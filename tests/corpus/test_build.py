@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,46 @@ def test_an_unfinished_run_is_not_mixed_with_another(
     build_corpus(Request(inputs, tokenizer, tmp_path / "at once", options), workers=2)
     assert contents(output) == contents(tmp_path / "at once")
     assert not workspace_path(output).exists()
+
+
+def test_strict_does_not_pass_over_what_an_earlier_run_left_out(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = jsonl(tmp_path, *LINES[:20], "{broken", *LINES[20:])
+    request = Request(inputs, tokenizer, tmp_path / "corpus", BuildOptions(min_tokens=2))
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_spice.corpus.build.combine", lambda *_, **__: (_ for _ in ()).throw(OSError("no more")))
+        with pytest.raises(OSError, match="no more"):
+            build_corpus(request)
+    with pytest.raises(ValueError, match=r"1\.jsonl:21: not JSON"):
+        build_corpus(request, strict=True)
+    assert build_corpus(request).skipped["bad_lines"] == 1
+
+
+def test_a_disk_that_fills_up_at_the_very_end_loses_nothing(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, options = jsonl(tmp_path, *LINES), BuildOptions(min_tokens=2)
+    build_corpus(Request(inputs, tokenizer, tmp_path / "at once", options))
+    request = Request(inputs, tokenizer, tmp_path / "corpus", options)
+    rename = os.rename
+    for allowed in (1, 2, 3):  # shard files that still move to their place before the disk is full
+        left = [allowed]
+
+        def rename_some(source: object, target: object, left: list[int] = left) -> None:
+            if str(target).endswith((".bin", ".idx")):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            rename(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", rename_some)
+            with pytest.raises(OSError, match="No space left"):
+                build_corpus(request)
+        assert not request.output.exists()
+    build_corpus(request)
+    assert contents(request.output) == contents(tmp_path / "at once")
 
 
 def test_restart_throws_away_what_was_left(tokenizer: TextTokenizer, tmp_path: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -175,6 +181,19 @@ def test_a_full_or_read_only_disk_is_told_of(command: list[str], tmp_path: Path,
     assert message in made.stderr and "Traceback" not in made.stderr
     assert f"there is no {output / 'corpus'} yet" in made.stderr
     assert made.stdout == "", "something that looks whole is there"
+
+
+def test_the_bar_shows_speed_documents_tokens_and_time_left(command: list[str]) -> None:
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # rows, columns
+    process = subprocess.Popen([*command, *SLOW], stderr=terminal, stdout=subprocess.DEVNULL)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError), open(controller, "rb", buffering=0) as screen:  # the error is how a terminal ends
+        while data := screen.read(4096):
+            shown += data
+    assert process.wait(30) == 0
+    assert re.search(rb"\d+%\|.*\| [\d.]+M/[\d.]+M \[\d\d:\d\d<\d\d:\d\d, +[\d.]+MB/s, [\d,]+ documents, [\d.]+M tokens\]", shown)
 
 
 def test_memory_does_not_grow_with_the_corpus(model_dir: Path, tmp_path: Path) -> None:
