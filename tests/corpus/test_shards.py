@@ -71,6 +71,24 @@ def test_megatron_reads_what_we_write(tmp_path: Path, documents: list[list[int]]
         assert theirs[number].dtype == ours.document(number).dtype == np.dtype(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(documents=st.lists(documents_of_ids, min_size=1, max_size=6))
+@fresh_each_time
+def test_megatron_s_documents_of_sentences_are_read_whole(
+    tmp_path: Path, documents: list[list[list[int]]], dtype: str
+) -> None:
+    """As its preprocess_data.py writes them with --split-sentences: several sequences a document."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
+    for sentences in documents:
+        flat = [token for ids in sentences for token in ids]
+        builder.add_document(torch.tensor(flat, dtype=torch.int64), [len(ids) for ids in sentences])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    reader = ShardReader(tmp_path / "theirs")
+    found = [reader.document(number).tolist() for number in range(len(reader))]
+    assert found == [[token for ids in sentences for token in ids] for sentences in documents]
+    assert reader.dtype == np.dtype(dtype)
+
+
 def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "many.bin"), dtype=np.int32)
     builder.add_document(torch.arange(5), [2, 3])
