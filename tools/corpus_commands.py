@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 a corpus is damaged or the merged one could not be written
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"preprocess_corpus: {visible(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `inspect DIR | head`: nobody wants more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"preprocess_corpus: {visible(str(error))}", file=sys.stderr)
         return 1

@@ -77,6 +77,11 @@ def test_only_the_proportions_count(corpus: Corpus, weights: dict[str, float], f
     assert math.isclose(sum(one.state_dict()["weights"].values()), 1)
 
 
+def test_draws_are_fixed_for_ever(corpus: Corpus) -> None:
+    drawn = PassageSampler(corpus, 0, {"a": 1, "c": 2.5}).next_indices(12)
+    assert drawn == [51, 40, 57, 47, 12, 54, 8, 54, 54, 50, 44, 26]
+
+
 def test_another_mixture_cannot_be_resumed(corpus: Corpus) -> None:
     state = PassageSampler(corpus, 1, {"a": 1, "b": 1}).state_dict()
     for weights in ({"a": 1, "b": 2}, {"a": 1}, None):

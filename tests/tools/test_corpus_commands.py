@@ -41,9 +41,14 @@ def corpus(tmp_path: Path, model: Path) -> Path:
     records = [{"text": HOSTILE, "source": "la\x1bbel\n"}, {"text": "x" * 300, "source": "plain"}]
     texts.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = tmp_path / "corpus"
-    arguments = [texts, "--tokenizer", model, "--output", output, "--max-tokens", 90, "--min-tokens", 2, "--verify"]
-    assert tool.main(list(map(str, arguments))) == 0
+    assert tool.main(making(output, model)) == 0
     return output
+
+
+def making(output: Path, model: Path) -> list[str]:
+    """The command that makes the fixture's corpus."""
+    options = ["--tokenizer", model, "--output", output, "--max-tokens", 90, "--min-tokens", 2, "--verify"]
+    return list(map(str, [output.with_name("texts.jsonl"), *options]))
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -109,6 +114,16 @@ def test_verify_names_every_damaged_file(tmp_path: Path, capsys: pytest.CaptureF
     assert shown(capsys, "verify", tmp_path / "nowhere")[0] == 2
 
 
+def test_a_corpus_that_is_there_is_verified_too(corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = shown(capsys, *making(corpus, model))
+    assert code == 0 and "already there" in out and "all as they were written" in out
+    data = bytearray((corpus / "shard_00000.bin").read_bytes())
+    data[5] ^= 1
+    (corpus / "shard_00000.bin").write_bytes(data)
+    code, out, error = shown(capsys, *making(corpus, model))
+    assert code == 1 and "already there" in out and "shard_00000.bin is damaged" in error
+
+
 def test_tasks_are_merged_to_the_corpus_of_one_run(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 400)
@@ -126,6 +141,17 @@ def test_tasks_are_merged_to_the_corpus_of_one_run(tmp_path: Path, model: Path, 
     # The merged corpus is what the command without --task makes, so that one finds it there.
     code, out, _ = shown(capsys, *fixed, "--output", tmp_path / "many")
     assert code == 0 and "already there" in out
+
+
+def test_whoever_reads_it_may_stop(corpus: Path, model: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_corpus.py"), "inspect", str(corpus), "--passages", "3000"]
+    with subprocess.Popen(
+        [*command, "--tokenizer", str(model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "passages of" in process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
 def test_any_text_can_be_printed_in_any_locale(corpus: Path, model: Path) -> None:
