@@ -161,6 +161,14 @@ def test_a_damaged_compressed_file_gives_what_is_whole(tmp_path: Path, suffix: s
             assert complaints[0].startswith(f"{len(texts) + 1}: ")
 
 
+def test_a_window_beyond_memory_is_told_from_damage(tmp_path: Path) -> None:
+    parameter = zstd.CompressionParameter
+    compressor = zstd.ZstdCompressor(options={parameter.window_log: 30, parameter.content_size_flag: 0})
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(GOOD) + compressor.flush())
+    texts, complaints = read(tmp_path / "a.jsonl.zst")
+    assert texts == [] and len(complaints) == 1 and "a window of over 128 MiB (zstd --long)" in complaints[0]
+
+
 def test_plain_text(tmp_path: Path) -> None:
     cases = {
         b"": [],

@@ -16,7 +16,7 @@ import msgspec
 from megatron_spice.corpus.documents import BadHere, Document, Progress, ReadOptions, Span, stamp_of
 from megatron_spice.corpus.formats import is_compressed
 from megatron_spice.corpus.inputs import InputFile
-from megatron_spice.corpus.readers.streams import damage, open_stream, whole_file
+from megatron_spice.corpus.readers.streams import damage, open_stream, whole_file, why_damaged
 
 _BLOCK = 1 << 16
 _SKIP = 4 << 20
@@ -73,7 +73,7 @@ def read(span: Span, options: ReadOptions, bad: BadHere, progress: Progress) -> 
                     continue
                 yield Document(text, label(source), span, number)
         except damage() as error:
-            bad(number + 1, f"the compressed file is damaged from here on: {error}")
+            bad(number + 1, why_damaged(error))
 
 
 def _decoder(options: ReadOptions, override: bool) -> Callable[[bytes], tuple[str, str | None]]:

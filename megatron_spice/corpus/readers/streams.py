@@ -47,6 +47,13 @@ def damage() -> tuple[type[Exception], ...]:
     return EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError
 
 
+def why_damaged(error: Exception) -> str:
+    """What to say of a stream that ends in such an error."""
+    if "too much memory" in str(error):
+        return "compressed with a window of over 128 MiB (zstd --long), which takes as much memory: pack it again"
+    return f"the compressed file is damaged from here on: {error}"
+
+
 def whole_file(file: InputFile) -> list[Span]:
     """The file as one span; none when it is empty."""
     stamp = stamp_of(file)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_spice.corpus.documents import BadHere, Document, Progress, ReadOptions, Span
 from megatron_spice.corpus.inputs import InputFile
-from megatron_spice.corpus.readers.streams import damage, open_stream, whole_file
+from megatron_spice.corpus.readers.streams import damage, open_stream, whole_file, why_damaged
 
 _BLOCK = 4 << 20
 
@@ -26,7 +26,7 @@ def read(span: Span, options: ReadOptions, bad: BadHere, progress: Progress) -> 
                 try:
                     block = stream.read(_BLOCK)
                 except damage() as error:
-                    bad(line + rest.count(b"\n"), f"the compressed file is damaged from here on: {error}")
+                    bad(line + rest.count(b"\n"), why_damaged(error))
                     return
                 rest += block
                 more = bool(block)

@@ -17,7 +17,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language-threshold", type=float, default=defaults.language_threshold, metavar="P",
         help="at least as sure as this [%(default)s]")  # fmt: skip
     add("--decontaminate", nargs="+", action="extend", default=[], metavar="FILE_OR_DIR",
-        help="benchmarks (JSON, JSON lines, Parquet, data set folders, lines of text) not to be trained on")  # fmt: skip
+        help="benchmarks (JSON, JSON lines, Parquet, data set folders, lines of text) not to train on")  # fmt: skip
     add("--ngram", type=int, default=defaults.ngram, metavar="N",
         help="words in a row shared with a benchmark's item that are too many [%(default)s]")  # fmt: skip
     add("--dedup", choices=DEDUP, help="leave out documents with the same text, or (minhash) nearly the same")
