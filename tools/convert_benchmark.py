@@ -37,17 +37,15 @@ from megatron_spice import machine
 HELP = "a checkpoint on its way to Megatron and back"
 TOOL = Path(__file__).with_name("convert_checkpoint.py")
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-    "dtype": "bfloat16",
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 4,
+    "max_position_embeddings": 4096, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-LAYER_BYTES = 2 * 2048 * (3 * 8192 + 2 * 2048 + 2 * 512)
 RANKS = ["--format", "mp_rank", "--tensor-parallel-size", "2"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
-    parser.add_argument("--gigabytes", type=positive, default=3, help="size of the model in bfloat16 (default 3)")
+    parser.add_argument("--gigabytes", type=float, default=3, help="size of the model in bfloat16 (default 3)")
     parser.add_argument("--processes", type=positive, help="of the tool (default: all cores)")
     parser.add_argument("--rounds", type=positive, default=3, help="each converts in every way, with a copy before it (default 3)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where files are written and removed")
@@ -55,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One; ends with a message when there is no room."""
+    if not options.gigabytes > 0:
+        refuse(f"--gigabytes {options.gigabytes} is no size")
     if shutil.disk_usage(options.scratch).free < 4 * options.gigabytes * 10**9:
         refuse(f"--scratch {options.scratch} has not the room for four times {options.gigabytes} GB")
     cores = machine.usable_cores()
@@ -122,7 +122,7 @@ def _measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _make_model(folder: Path, gigabytes: int, seed: int) -> tuple[int, int]:
+def _make_model(folder: Path, gigabytes: float, seed: int) -> tuple[int, int]:
     """A random Llama; its bytes, and those of its largest tensor. Files of a gigabyte or so, as models come."""
     import torch
     from safetensors.torch import save_file
@@ -131,14 +131,16 @@ def _make_model(folder: Path, gigabytes: int, seed: int) -> tuple[int, int]:
     from megatron_spice.weights.names import hf_shapes, table
 
     folder.mkdir(parents=True)
-    embeddings = 2 * 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
-    layers = max(1, round((gigabytes * 10**9 - embeddings) / LAYER_BYTES))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    width = 2048 if gigabytes >= 1 else 256
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 16 * width}
+    of_a_layer = 2 * width * width * (3 * 4 + 2 + 2 / 4)
+    layers = max(1, round((gigabytes * 10**9 - 2 * 2 * 16 * width * width) / of_a_layer))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **sizes, "num_hidden_layers": layers}))
     architecture = read_architecture(folder)
     shapes = {name: shape for entry in table(architecture) for name, shape in hf_shapes(entry, architecture).items()}
     noise = torch.randn(2**25, generator=torch.Generator().manual_seed(seed)).bfloat16()
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    total, count = sum(sizes.values()), max(1, gigabytes)
+    total, count = sum(sizes.values()), max(1, round(gigabytes))
     weight_map: dict[str, str] = {}
     part: dict[str, torch.Tensor] = {}
     done = 0

@@ -89,6 +89,7 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
     layout = command.add_argument_group("the ranks of --format mp_rank")
     for degree in DEGREES:
         layout.add_argument(f"--{degree.replace('_', '-')}-parallel-size", type=_positive, default=1)
+    layout.add_argument("--num-layers-per-virtual-pipeline-stage", type=_positive, help="instead of the number of virtual stages")
     layout.add_argument("--transformer-impl", choices=["local", "transformer_engine"], default="transformer_engine")
 
 
@@ -103,6 +104,7 @@ def to_megatron(options: argparse.Namespace) -> int:
         from megatron_spice.convert.mp_rank_layout import make_layout
         from megatron_spice.convert.mp_rank_target import MpRankTarget
 
+        degrees[2] = _virtual_stages(options, source.architecture.num_layers)
         layout = make_layout(source.architecture, *degrees)
         target = MpRankTarget(source, layout, options.transformer_impl)
         return _convert(options, source, target, {**asked, "layout": degrees, "transformer_impl": options.transformer_impl})
@@ -113,12 +115,30 @@ def to_megatron(options: argparse.Namespace) -> int:
     return _convert(options, source, TorchDistTarget(source), asked)
 
 
+def _virtual_stages(options: argparse.Namespace, num_layers: int) -> int:
+    each = options.num_layers_per_virtual_pipeline_stage
+    if each is None:
+        return options.virtual_pipeline_parallel_size
+    if options.virtual_pipeline_parallel_size > 1:
+        raise ValueError("give --virtual-pipeline-parallel-size or --num-layers-per-virtual-pipeline-stage, not both")
+    stages, rest = divmod(num_layers, options.pipeline_parallel_size * each)
+    if rest:
+        raise ValueError(
+            f"--num-layers-per-virtual-pipeline-stage={each} x --pipeline-parallel-size={options.pipeline_parallel_size} does not divide "
+            f"the model's num_hidden_layers={num_layers}; change one of them"
+        )
+    return stages
+
+
 def to_hf(options: argparse.Namespace) -> int:
     """Any checkpoint to a Hugging Face folder."""
+    from megatron_spice.config.engine_weights import NO_SCALES
     from megatron_spice.convert.find import open_source
     from megatron_spice.convert.hf_target import HFTarget
 
     source = _cast(open_source(options.source, options.hf), "bfloat16" if options.dtype == "fp8" else options.dtype)
+    if options.dtype == "fp8" and source.architecture.family in NO_SCALES:
+        print(f"convert_checkpoint: SGLang cannot load block-FP8 weights of {source.architecture.family} models, vLLM can", file=sys.stderr)
     target = HFTarget(source, options.dtype == "fp8", options.shard_size)
     asked = {"command": options.command, "dtype": options.dtype, "shard_size": options.shard_size}
     return _convert(options, source, target, asked)

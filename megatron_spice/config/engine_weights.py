@@ -17,7 +17,7 @@ from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.schema import Config, PolicyConfig
 
 BLOCK = 128
-_NO_SCALES = ("llama",)
+NO_SCALES = ("llama",)
 """Families whose `load_weights` in SGLang 0.5.21 renames `weight_scale_inv` to what only per-tensor FP8 has, and drops it with a
 warning in the log."""
 SCALE_SUFFIX = "_scale_inv"
@@ -71,7 +71,7 @@ def engine_weights_problems(config: Config, architecture: ModelArchitecture) -> 
             f"rollout.weights=fp8 is for colocated engines, which are started so; rollout.engines names {len(rollout.engines)} that run "
             f"already; {instead}, or leave rollout.engines out"
         )
-    if architecture.family in _NO_SCALES:
+    if architecture.family in NO_SCALES:
         problems.append(
             f"rollout.weights=fp8: SGLang's {architecture.family} models leave out the factors of block-quantised weights as they load "
             f"them; {instead}"

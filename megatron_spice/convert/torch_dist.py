@@ -8,7 +8,8 @@ have the layer as their first dimension, experts as their second, and a chunk ha
     decoder.layers.mlp.linear_fc1.weight                [layers, 2 f, hidden]: the whole gate, then the whole up projection
     decoder.layers.mlp.experts.experts.linear_fc1.weight [layers, experts, 2 f, hidden]
 
-So nothing depends on the layout of the ranks that wrote it but the padding of the vocabulary. `.metadata` is unpickled with
+So nothing depends on the layout of the ranks that wrote it but the padding of the vocabulary. Megatron can be told not to
+stack layers (`layers.7.`); that is read too, but not written. `.metadata` is unpickled with
 nothing but the classes of such files: a pickle can otherwise run whatever it likes.
 """
 
@@ -21,7 +22,7 @@ import pickle
 import struct
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -59,6 +60,16 @@ def spot(entry: Entry) -> Spot:
     return Spot(key.replace("{expert}", "").replace("mlp.experts.", "mlp.experts.experts."), (entry.layer, entry.expert))
 
 
+def spots(entry: Entry) -> Iterator[Spot]:
+    """Where an entry may be: stacked, or under a key of its layer's own."""
+    stacked = spot(entry)
+    norm = "mlp.linear_fc1.layer_norm_weight"  # what Megatron's own layers call the norm before experts too, though it is not fused
+    for key in dict.fromkeys([stacked.key, stacked.key.replace("pre_mlp_layernorm.weight", norm)]):
+        yield Spot(key, stacked.index)
+        if entry.layer is not None:
+            yield Spot(key.replace("layers.", f"layers.{entry.layer}.", 1), stacked.index[1:])
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of a key's tensor, and where it lies."""
@@ -89,7 +100,7 @@ class TorchDistSource:
         self.entries = table(self.architecture)
         metadata = read_metadata(folder / METADATA)
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self._spots = {entry: spot(entry) for entry in self.entries}
+        self._spots = {e: next((s for s in spots(e) if s.key in self._tensors), spot(e)) for e in self.entries}
         self._chunks = self._find_chunks(metadata)
         self._maps: dict[str, mmap.mmap] = {}
         self._check()
@@ -119,7 +130,9 @@ class TorchDistSource:
                 f"{self.folder}: keys do not match the {self.architecture.family} architecture of {self.hf / 'config.json'}; "
                 f"missing {missing[:5]} ({len(missing)} in all), unexpected {extra[:5]} ({len(extra)} in all)"
             )
-        sizes = {key: [n + 1 for n in max(s.index for s in self._spots.values() if s.key == key)] for key in keys}
+        sizes: dict[str, tuple[int, ...]] = {}
+        for place in self._spots.values():
+            sizes[place.key] = max(sizes.get(place.key, ()), tuple(number + 1 for number in place.index))
         for entry, place in self._spots.items():
             check_dtype(self.dtype(entry), place.key, self.folder)
             found, depth = tuple(self._tensors[place.key].size), len(place.index)

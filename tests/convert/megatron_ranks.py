@@ -34,7 +34,8 @@ def _one(job: dict[str, Any]) -> list[str]:
         expert_tensor_parallel_size=job.get("expert_tensor", tensor),
     )  # fmt: skip
     architecture = read_architecture(Path(job["hf"]))
-    chunks = [_chunk(architecture, tensor, pipeline, virtual, expert, job.get("expert_tensor", tensor), index) for index in range(virtual)]
+    sizes = (tensor, pipeline, virtual, expert, job.get("expert_tensor", tensor))
+    chunks = [_chunk(architecture, *sizes, index, "metadata" not in job) for index in range(virtual)]
     seat = Seat(
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
@@ -62,12 +63,13 @@ def _one(job: dict[str, Any]) -> list[str]:
         Path(job["dist"]).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         _keep_results_here()
-        dist_checkpointing.save({"model": [chunk.sharded_state_dict() for chunk in chunks]}, job["dist"])
+        told = {key: True for key in job.get("metadata", ())}
+        dist_checkpointing.save({"model": [chunk.sharded_state_dict(metadata=dict(told)) for chunk in chunks]}, job["dist"])
     parallel_state.destroy_model_parallel()
     return [f"{key}.{each}" for key, chunk in zip(keys, chunks) for each in chunk.state_dict()]
 
 
-def _chunk(a: Any, tensor: int, pipeline: int, virtual: int, expert: int, expert_tensor: int, index: int) -> torch.nn.Module:
+def _chunk(a: Any, tensor: int, pipeline: int, virtual: int, expert: int, expert_tensor: int, index: int, te_names: bool) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -90,7 +92,7 @@ def _chunk(a: Any, tensor: int, pipeline: int, virtual: int, expert: int, expert
     )  # fmt: skip
     stage = index if virtual > 1 else None
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
-    for layer in spec.layer_specs if experts else ():  # its key as Transformer Engine's layers have it, whose norms are not fused here
+    for layer in spec.layer_specs if experts and te_names else ():  # Transformer Engine's layers do not fuse this norm
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return GPTModel(
         config, spec,

@@ -17,6 +17,9 @@ LAYOUTS = {
     "pipeline 2, expert 2": (MIXTURE, {"pipeline": 2, "expert": 2}),
 }
 
+STACKING = [["stacked"], ["non_homogeneous_layers"]]
+"""What Megatron is told that changes how it names layers; the first changes nothing. Both name a norm as its own layers do."""
+
 
 @pytest.fixture(scope="module")
 def taken_over(tmp_path_factory):
@@ -36,6 +39,12 @@ def taken_over(tmp_path_factory):
     ours = to_torch_dist(hf, whole / "ours")
     jobs.append({"hf": str(hf), "layout": {"tensor": 2, "expert": 2}, "expert_tensor": 1, "from": str(ours), "again": str(whole / "from_dist")})
     places["whole experts"] = whole
+    for keys in STACKING:
+        place = folder / "-".join(keys)
+        hf = write_model(place / "hf", "qwen3_moe")
+        ranks = to_mp_rank(hf, place / "ranks", **LAYOUTS["tensor 2, expert 2"][1])
+        jobs.append({"hf": str(hf), "layout": LAYOUTS["tensor 2, expert 2"][1], "ranks": str(ranks), "dist": str(place / "dist"), "metadata": keys})
+        places["-".join(keys)] = place
     run_ranks(4, RANKS, "take_over", jobs)
     return places
 
@@ -52,3 +61,9 @@ def test_experts_that_are_not_cut(taken_over, tmp_path):
     files = sorted(path.parent.name for path in here.glob("from_dist/iter_0000007/*/*.pt"))
     assert files == ["mp_rank_00_000", "mp_rank_01_001"]
     assert_same_model(here / "hf", to_hf(here / "from_dist", tmp_path / "back", hf=here / "hf"))
+
+
+@pytest.mark.parametrize("keys", STACKING, ids="-".join)
+def test_other_names_that_megatron_may_give_layers(taken_over, tmp_path, keys):
+    here = taken_over["-".join(keys)]
+    assert_same_model(here / "hf", to_hf(here / "dist", tmp_path / "back", hf=here / "hf"))

@@ -95,6 +95,7 @@ def test_bad_input_is_refused(tmp_path, tool):
         (["hf-to-megatron", alien, tmp_path / "out"], ["mamba", "llama, qwen2, qwen3, qwen3_moe"]),
         (["hf-to-megatron", model, tmp_path / "out", "--tensor-parallel-size", 2], ["mp_rank"]),
         (["hf-to-megatron", model, tmp_path / "out", "--format", "mp_rank", "--tensor-parallel-size", 3], ["num_attention_heads=8"]),
+        (["hf-to-megatron", model, tmp_path / "out", "--format", "mp_rank", "--num-layers-per-virtual-pipeline-stage", 3], ["=4", "=3"]),
         (["megatron-to-hf", tmp_path / "there", tmp_path / "out"], ["no checkpoint", "config.json"]),
         (["megatron-to-hf", model, tmp_path / "out", "--shard-size", "big"], ["big is not a size"]),
         (["inspect", tmp_path / "there"], ["no checkpoint"]),
