@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def convert(source: Source, target: Target, folder: Path, asked: Mapping[str, An
             write_parts(
                 left,
                 lambda part, advance: target.write(part, partial, source, advance),
-                lambda part, written: _keep(_record(partial, part), written),
+                lambda batch: _keep(partial, batch),
                 processes,
                 progress,
             )
@@ -143,12 +143,15 @@ def _prepare(partial: Path, target: Target) -> None:
     target.open(partial)
 
 
-def _keep(path: Path, written: Written) -> None:
-    """Brings a part to the disk, then writes its record, which says that it is there."""
-    for descriptor in written.descriptors:
+def _keep(partial: Path, batch: Sequence[tuple[Part, Written]]) -> None:
+    """Brings parts to the disk, then writes their records, which say that they are there."""
+    descriptors = [descriptor for _, written in batch for descriptor in written.descriptors]
+    for descriptor in {os.fstat(descriptor).st_ino: descriptor for descriptor in descriptors}.values():
         os.fsync(descriptor)
+    for descriptor in descriptors:
         os.close(descriptor)
-    _write_json(path, written.record)
+    for part, written in batch:
+        _write_json(_record(partial, part), written.record)
 
 
 def _record(partial: Path, part: Part) -> Path:

@@ -7,8 +7,10 @@ and several processes fill all files together. There are no CRCs, which torch do
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
+import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,17 +94,12 @@ class MpRankTarget:
         return {"args": args, "checkpoint_version": VERSION, "iteration": 0} | dict(zip(chunk_keys(self.layout.virtual), chunks))
 
     def open(self, folder: Path) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
-
         for seat in self._seats:
-            with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(self._path(folder, seat), weights_only=True)
-            self._offsets[seat] = {
-                (chunk, name): tensor.untyped_storage()._checkpoint_offset
-                for chunk, key in enumerate(chunk_keys(self.layout.virtual))
-                for name, tensor in state[key].items()
-                if tensor is not None
-            }
+            keys = [key for chunk in range(self.layout.virtual) for key in self._keys(seat) if key[0] == chunk]
+            self._offsets[seat] = dict(zip(keys, record_offsets(self._path(folder, seat)), strict=True))
+
+    def _keys(self, seat: Seat) -> list[Key]:
+        return [key for holders in self._holders.values() for holder, key in holders if holder == seat]
 
     def write(self, part: Part, folder: Path, source: Source, advance: Advance) -> Written:
         files: dict[Seat, int] = {}
@@ -124,3 +121,17 @@ class MpRankTarget:
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
         (folder / TRACKER).write_text(RELEASE)
+
+
+def record_offsets(path: Path) -> list[int]:
+    """Where the tensors of a file of `torch.save` lie, in the order in which they were saved: the zip archive that it is has a
+    record `data/N` for each."""
+    records = {}
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            match = re.fullmatch(r".*/data/(\d+)", info.filename)
+            if match is not None:
+                file.seek(info.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                records[int(match[1])] = info.header_offset + 30 + name + extra
+    return [records[number] for number in range(len(records))]

@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron_spice.cluster.children import die_with_parent
 from megatron_spice.convert.target import Advance, Part, Written
 
 Write = Callable[[Part, Advance], Written]
-Keep = Callable[[Part, Written], None]
+Keep = Callable[[Sequence[tuple[Part, Written]]], None]
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -34,8 +35,8 @@ class WorkerFailed(RuntimeError):
 def write_parts(
     parts: Sequence[Part], write: Write, keep: Keep, processes: int, progress: Callable[[int], None]
 ) -> None:
-    """Calls `write` for each part, and `keep` with what it gave back, in several processes; `progress` is told of all bytes
-    written so far.
+    """Calls `write` for each part, and `keep` with parts that were written, in several processes; `progress` is told of all
+    bytes written so far.
 
     Raises:
         OSError, ValueError: what they raised.
@@ -90,13 +91,9 @@ def _work(
         written[slot] += count
 
     try:
-        with ThreadPoolExecutor(1) as keeper:
-            keeping: Future[None] = keeper.submit(lambda: None)
+        with _Keeper(keep) as keeper:
             while (number := _take(taken)) < len(parts):
-                made = write(parts[number], advance)
-                keeping.result()
-                keeping = keeper.submit(keep, parts[number], made)
-            keeping.result()
+                keeper.put(parts[number], write(parts[number], advance))
     except (OSError, ValueError) as error:
         reply.send(error)
 
@@ -106,6 +103,40 @@ def _take(taken: Any) -> int:
     with taken.get_lock():
         taken.value += 1
         return taken.value - 1
+
+
+class _Keeper:
+    """A thread that keeps parts while the next are written. What comes while it is at it is kept together: bringing a file to
+    the disk brings all of it, so once for many parts is cheaper than once for each."""
+
+    def __init__(self, keep: Keep) -> None:
+        self._keep = keep
+        self._waiting: SimpleQueue[tuple[Part, Written] | None] = SimpleQueue()
+        self._executor = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> _Keeper:
+        self._keeping = self._executor.submit(self._run)
+        return self
+
+    def put(self, part: Part, written: Written) -> None:
+        """Hands a part over. Raises what keeping an earlier one did."""
+        self._waiting.put((part, written))
+        if self._keeping.done():
+            self._keeping.result()
+
+    def __exit__(self, *exc: object) -> None:
+        self._waiting.put(None)
+        self._executor.shutdown()
+        self._keeping.result()
+
+    def _run(self) -> None:
+        is_over = False
+        while not is_over:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            is_over = None in batch
+            self._keep([each for each in batch if each is not None])
 
 
 class Progress:
