@@ -37,7 +37,7 @@ def describe(folder: Path) -> Iterator[str]:
         f"{manifest.tokens:,} tokens of {manifest.dtype}"
     )
     yield f"tokenizer   {manifest.tokenizer['hash'][:12]}, a vocabulary of {manifest.tokenizer['vocab_size']:,}"
-    yield f"options     {visible(', '.join(f'{name} {value}' for name, value in manifest.options.items()))}"
+    yield f"options     {visible(', '.join(f'{name} {value}' for name, value in manifest.options.items() if value))}"
     yield f"inputs      {_inputs(manifest)}"
     if manifest.skipped:
         reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest.skipped.items())

@@ -87,7 +87,10 @@ class Manifest:
         del content["sha256"]
         if content["format"] != FORMAT:
             raise ValueError(_why_not(path, data))
-        return cls(**content)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{path} cannot be read: made by another version ({error}); make the corpus again") from error
 
     def check_files(self, folder: Path) -> None:
         """Raises ValueError naming the first table that is missing, not of its size or, if small, not of its checksum."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -108,6 +109,14 @@ def test_other_formats_are_refused(own_corpus_dir: Path, tokenizer: TextTokenize
     path.write_text(json.dumps({"format": number, "command": ["tools/preprocess_corpus.py", "my texts"]}))
     again = rf"made by {version} version .* again with: tools/preprocess_corpus\.py 'my texts'"
     with pytest.raises(ValueError, match=again):
+        Corpus(own_corpus_dir, tokenizer)
+
+
+def test_a_manifest_with_other_keys_is_refused(own_corpus_dir: Path, tokenizer: TextTokenizer) -> None:
+    path = own_corpus_dir / "manifest.json"
+    body = path.read_bytes().rpartition(b',\n "sha256"')[0].replace(b'"skipped"', b'"skiped"')
+    path.write_bytes(body + b',\n "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n')
+    with pytest.raises(ValueError, match="made by another version .*skiped"):
         Corpus(own_corpus_dir, tokenizer)
 
 
