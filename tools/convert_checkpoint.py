@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
         command.set_defaults(run=run, command=name)
         if run is to_hf:
-            command.add_argument("--dtype", choices=["float32", "bfloat16", "fp8"], help="default: as stored; fp8 is in blocks of 128 x 128")
+            kinds = ["float32", "bfloat16", "fp8"]
+            command.add_argument("--dtype", choices=kinds, help="default: as stored; fp8 is in blocks of 128 x 128")
             command.add_argument("--shard-size", type=_bytes, default=5 * 10**9, help="largest shard, such as 5GB (the default)")
         else:
             _add_layout(command)

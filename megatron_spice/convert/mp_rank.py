@@ -95,8 +95,8 @@ class MpRankSource:
         layout = self.layout
         for stage in range(layout.pipeline):
             here = [seat for seat in self._states if seat.pipeline == stage]
-            for what, there, count in (("tensor", {s.tensor for s in here}, layout.tensor), ("expert", {s.expert for s in here}, layout.expert)):
-                lost = sorted(set(range(count)) - there)
+            for what, count in (("tensor", layout.tensor), ("expert", layout.expert)):
+                lost = sorted(set(range(count)) - {getattr(seat, what) for seat in here})
                 if lost:
                     raise ValueError(f"{self.folder} has no file of {what} rank {lost[0]} in pipeline stage {stage}; copy it again")
 

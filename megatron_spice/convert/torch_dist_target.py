@@ -35,7 +35,8 @@ from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.convert.disk import save
 from megatron_spice.convert.source import Source
 from megatron_spice.convert.target import Advance, Part, Written, make_parts, raw_bytes
-from megatron_spice.convert.torch_dist import METADATA, spot
+from megatron_spice.convert.torch_dist import spot
+from megatron_spice.convert.torch_dist_files import METADATA
 from megatron_spice.weights.names import Entry, rank_shape, split_for_rank
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}

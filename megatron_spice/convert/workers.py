@@ -1,8 +1,8 @@
 """Processes that write the parts of a target, and what a person sees of it.
 
 Each takes the next part that nobody has, so they end at about the same time. They are forked, so that starting one costs
-milliseconds. While a part is on its way to the disk the next one is written to memory. They never outlive the parent: the kernel ends them with it, however it ends, and a part
-they were at is written again the next time.
+milliseconds. While a part is on its way to the disk the next one is written to memory. They never outlive the parent: the
+kernel ends them with it, however it ends, and a part they were at is written again the next time.
 """
 
 from __future__ import annotations

@@ -30,20 +30,22 @@ def taken_over(tmp_path_factory):
         here = folder / str(number)
         hf = write_model(here / "hf", family, **sizes)
         job = {"hf": str(hf), "layout": layout}
-        jobs.append({**job, "ranks": str(to_mp_rank(hf, here / "ranks", **layout)), "again": str(here / "again"), "dist": str(here / "dist")})
+        ranks = to_mp_rank(hf, here / "ranks", **layout)
+        jobs.append({**job, "ranks": str(ranks), "again": str(here / "again"), "dist": str(here / "dist")})
         jobs.append({**job, "from": str(to_torch_dist(hf, here / "ours")), "again": str(here / "from_dist")})
         places[name] = here
     # Experts that are not cut: tensor and expert ranks are not independent then.
     whole = folder / "whole"
     hf = write_model(whole / "hf", "qwen3_moe")
     ours = to_torch_dist(hf, whole / "ours")
-    jobs.append({"hf": str(hf), "layout": {"tensor": 2, "expert": 2}, "expert_tensor": 1, "from": str(ours), "again": str(whole / "from_dist")})
+    layout = {"tensor": 2, "expert": 2}
+    jobs.append({"hf": str(hf), "layout": layout, "expert_tensor": 1, "from": str(ours), "again": str(whole / "from_dist")})
     places["whole experts"] = whole
     for keys in STACKING:
         place = folder / "-".join(keys)
         hf = write_model(place / "hf", "qwen3_moe")
-        ranks = to_mp_rank(hf, place / "ranks", **LAYOUTS["tensor 2, expert 2"][1])
-        jobs.append({"hf": str(hf), "layout": LAYOUTS["tensor 2, expert 2"][1], "ranks": str(ranks), "dist": str(place / "dist"), "metadata": keys})
+        ranks = to_mp_rank(hf, place / "ranks", **layout)
+        jobs.append({"hf": str(hf), "layout": layout, "ranks": str(ranks), "dist": str(place / "dist"), "metadata": keys})
         places["-".join(keys)] = place
     run_ranks(4, RANKS, "take_over", jobs)
     return places

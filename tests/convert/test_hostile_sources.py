@@ -62,7 +62,9 @@ def test_a_truncated_file_and_a_lost_one(model):
     _refused(model, shard.name, "cannot be read")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000, '{"weight_map": {"a": "../b"}}'])
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000, '{"weight_map": {"a": "../b"}}'
+])  # fmt: skip
 def test_an_index_that_is_none(model, text):
     (model / "model.safetensors.index.json").write_text(text)
     _refused(model, "model.safetensors.index.json")
@@ -108,8 +110,10 @@ def test_links_are_followed_and_must_lead_somewhere(model, tmp_path):
 def test_a_torch_dist_folder_of_another_model_or_not_whole(model, tmp_path):
     ours = to_torch_dist(model, tmp_path / "megatron")
     config = json.loads((ours / "hf" / "config.json").read_text())
-    for key, value, word in [("num_hidden_layers", 5, "4"), ("hidden_size", 48, "48"), ("vocab_size", 513, "513"),
-                             ("tie_word_embeddings", False, "missing ['output_layer.weight']"), ("model_type", "qwen2", "qkv.bias")]:  # fmt: skip
+    for key, value, word in [
+        ("num_hidden_layers", 5, "4"), ("hidden_size", 48, "48"), ("vocab_size", 513, "513"), ("model_type", "qwen2", "qkv.bias"),
+        ("tie_word_embeddings", False, "missing ['output_layer.weight']"),
+    ]:  # fmt: skip
         (ours / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
         _refused(ours, word)
     (ours / "hf" / "config.json").write_text(json.dumps(config))

@@ -44,7 +44,9 @@ def model(tmp_path):
     return write_model(tmp_path / "hf", "qwen2")
 
 
-def _convert(model: Path, kind: str, folder: Path, written: list[int], fail_at: int | None = None, processes: int = 1, how=None, first=None) -> None:
+def _convert(
+    model: Path, kind: str, folder: Path, written: list[int], fail_at: int | None = None, processes: int = 1, how=None, first=None
+) -> None:
     """Converts, noting the number of each part as it is written. Each begins with `first`; part `fail_at` ends as `how` does."""
     source = open_source(model)
     made = TARGETS[kind](source)

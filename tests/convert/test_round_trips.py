@@ -44,7 +44,8 @@ def test_through_torch_dist(model):
 
 
 LAYOUTS = [
-    {}, {"tensor": 2}, {"tensor": 4}, {"tensor": 3}, {"pipeline": 2}, {"pipeline": 4}, {"pipeline": 2, "virtual": 2}, {"expert": 2}, {"expert": 4},
+    {}, {"tensor": 2}, {"tensor": 4}, {"tensor": 3}, {"pipeline": 2}, {"pipeline": 4}, {"pipeline": 2, "virtual": 2}, {"expert": 2},
+    {"expert": 4},
     {"tensor": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2, "virtual": 3}, {"tensor": 2, "expert": 2}, {"pipeline": 2, "expert": 2},
     {"tensor": 2, "pipeline": 2, "virtual": 2, "expert": 2},
 ]  # fmt: skip
