@@ -99,7 +99,7 @@ def arguments(
 ) -> argparse.Namespace:
     """The `args` of a file: what Megatron-LM's `load_args_from_checkpoint` and `check_checkpoint_args` look at."""
     a = architecture
-    values = model_arguments(architecture) | {
+    values = {"ffn_hidden_size": a.ffn_hidden_size} | model_arguments(architecture) | {
         "add_position_embedding": False, "position_embedding_type": "rope", "use_rotary_position_embeddings": False,
         "rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": a.rope_scaling is not None,
         "rope_scaling_factor": (a.rope_scaling or {}).get("factor", 8.0), "group_query_attention": True,
@@ -132,5 +132,5 @@ def model_arguments(architecture: ModelArchitecture) -> dict[str, object]:
     }  # fmt: skip
     if a.num_experts is None:
         return values | {"ffn_hidden_size": a.ffn_hidden_size}
-    experts = {"moe_ffn_hidden_size": a.expert_ffn_hidden_size, "moe_router_topk": a.experts_per_token}
-    return values | {"ffn_hidden_size": a.expert_ffn_hidden_size} | experts
+    # Not `ffn_hidden_size`: no layer of a mixture has it, and people give it what they like.
+    return values | {"moe_ffn_hidden_size": a.expert_ffn_hidden_size, "moe_router_topk": a.experts_per_token}

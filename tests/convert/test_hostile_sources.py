@@ -164,6 +164,19 @@ def test_files_for_each_rank_of_another_model_or_not_whole(model, tmp_path):
         _refused(ranks, word, hf=model)
 
 
+def test_arguments_that_mean_nothing_to_the_model_are_not_compared(tmp_path):
+    model = write_model(tmp_path / "moe", "qwen3_moe")
+    ranks = to_mp_rank(model, tmp_path / "ranks")
+    path = ranks / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    state["args"].ffn_hidden_size = 6144
+    torch.save(state, path)
+    assert_same_model(model, to_hf(ranks, tmp_path / "back", hf=model))
+    state["args"].moe_ffn_hidden_size = 6144
+    torch.save(state, path)
+    _refused(ranks, "moe_ffn_hidden_size=6144", "moe_ffn_hidden_size=20", hf=model)
+
+
 def test_a_lost_rank_and_a_copy_of_the_embedding_that_is_none(model, tmp_path):
     ranks = to_mp_rank(model, tmp_path / "ranks", tensor=2, pipeline=2)
     last = ranks / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
