@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversions import to_hf, to_torch_dist
 from hf_folders import read_tensors, write_model, write_tensors
+from small_models import import_transformers
 
 from megatron_spice.config.hf import read_architecture
 from megatron_spice.convert.find import open_source
@@ -84,3 +85,17 @@ def test_other_quantisations_and_lost_factors_are_refused(tmp_path, change, word
     with pytest.raises(ValueError) as error:
         open_source(fp8)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_transformers_loads_it(tmp_path):
+    """Dequantised, as it does without a GPU: the same logits as of the numbers times their factors."""
+    import_transformers()
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    fp8 = to_hf(_model(tmp_path / "hf", hidden_size=256, intermediate_size=384, head_dim=64), tmp_path / "fp8", fp8=True)
+    rounded = to_hf(fp8, tmp_path / "rounded")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    expected = AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.bfloat16)(ids).logits
+    ways = FineGrainedFP8Config(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.bfloat16, quantization_config=ways)(ids).logits
+    assert torch.equal(found, expected)

@@ -6,13 +6,18 @@ places; how SGLang's CUDA kernels multiply them is not tested here.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import to_hf
 from ranks import run_ranks
 from small_models import add_tokenizer, make_model
 
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.rollout.supervisor import SglangEngine
 from megatron_spice.weights.fp8 import dequantise
 
 SIZES = {
@@ -71,3 +76,26 @@ def test_a_sync_overwrites_every_parameter(results):
     """SGLang fills all its parameters with random numbers; after the next sync nothing is left of them."""
     first, _, _ = results
     assert first["reset"] and first["again"] == first["engines"][0]
+
+
+def test_an_engine_loads_an_exported_folder(tmp_path):
+    """tools/convert_checkpoint.py megatron-to-hf --dtype fp8: from the disk as well, numbers and factors come to their places."""
+    sizes = {name: size for name, size in SIZES.items() if "expert" not in name and "moe" not in name}
+    model = add_tokenizer(make_model(tmp_path / "hf", "qwen3", tied=False, dtype=torch.bfloat16, **sizes))
+    exported = to_hf(model, tmp_path / "fp8", fp8=True)
+    config = RolloutConfig(max_total_tokens=1024, max_running_requests=4, threads=1)
+    told = json.loads((exported / "config.json").read_text())["quantization_config"]  # again: it brings the stand-in
+    engines = [
+        SglangEngine(config, Topology(), "bf16", folder, tmp_path / f"{folder.name}.log", load_format="auto", quantization=quantization)
+        for folder, quantization in ((exported, told), (to_hf(exported, tmp_path / "rounded"), None))
+    ]
+    try:
+        for engine in engines:
+            engine.launch()
+        for engine in engines:
+            engine.wait_ready()
+        fp8, rounded = (engine.score(list(range(5, 60))) for engine in engines)
+    finally:
+        for engine in engines:
+            engine.close()
+    assert fp8 == rounded and len(fp8) == 54
