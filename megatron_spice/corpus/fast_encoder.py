@@ -28,6 +28,7 @@ from megatron_spice.corpus.plain_text import byte_level_alphabet
 from megatron_spice.corpus.tokenizer import TextTokenizer
 
 _MOST_GROWTH = 160 << 20
+_AT_ONCE = 1 << 18  # ids looked up at once: numpy makes eight bytes of each for that
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -92,7 +93,8 @@ class GigatokenEncoder:
     def _mended(self, texts: Sequence[str], ids: np.ndarray, bounds: np.ndarray) -> Encoded:
         """The ids, with texts that gigatoken may have got wrong encoded again."""
         lengths = np.diff(bounds)
-        places = np.flatnonzero(self._doubtful[ids])
+        blocks = range(0, len(ids), _AT_ONCE)
+        places = np.concatenate([np.flatnonzero(self._doubtful[ids[at : at + _AT_ONCE]]) + at for at in blocks] or [[]])
         pieces, done = [], 0
         for row in np.unique(np.searchsorted(bounds, places, side="right") - 1).tolist():
             begin, end = int(bounds[row]), int(bounds[row + 1])

@@ -82,7 +82,8 @@ def _last_gap(pattern: re.Pattern[bytes], text: bytes, starts: np.ndarray, earli
             low, high = match.span(1)
             if low > last:
                 break
-            place = min(int(starts.searchsorted(high, side="right")) - 1, latest)
+            end_of_gap = starts.dtype.type(high)  # of another type, numpy would copy all starts
+            place = min(int(starts.searchsorted(end_of_gap, side="right")) - 1, latest)
             if place >= earliest and starts[place] >= low:
                 found = place
         if found is not None or begin == first:

@@ -23,6 +23,7 @@ from megatron_spice.corpus.chat_template import ChatTemplate, token_text
 from megatron_spice.game.records import Prompt, Segment
 
 _TO_BYTES_AT_ONCE = 1 << 16  # ids; bounds the memory for it
+_LARGEST_INT32 = 2**31 - 1
 
 
 class TextTokenizer:
@@ -119,24 +120,28 @@ class TextTokenizer:
         return self._full.decode(list(ids), skip_special_tokens=not keep_control)
 
     def to_bytes(self, ids: Sequence[int] | np.ndarray, text: str | None = None) -> tuple[bytes, np.ndarray]:
-        """UTF-8 bytes of ids, and where each id's bytes start in them (int64 [len(ids)]).
+        """UTF-8 bytes of ids, and where each id's bytes start in them (integers [len(ids)]).
 
         Args:
             text: what was encoded, if that is known: mostly its own bytes are the result, which is much faster.
         """
-        ids = np.asarray(ids, dtype=np.int64)
-        lengths = self._byte_lengths[ids]
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
+        ids = np.asarray(ids)
+        lengths = np.empty(len(ids), dtype=np.int32)
+        blocks = [slice(begin, begin + _TO_BYTES_AT_ONCE) for begin in range(0, len(ids), _TO_BYTES_AT_ONCE)]
+        for some in blocks:  # one after the other, since numpy makes eight bytes of each index for as long as it looks up
+            lengths[some] = self._byte_lengths[ids[some]]
+        starts = np.cumsum(lengths, dtype=np.int64 if lengths.sum() > _LARGEST_INT32 else np.int32)
+        total = int(starts[-1]) if len(ids) else 0
+        starts -= lengths
         if text is not None and (self._spells_all or (self._spells_ascii and text.isascii())):
             data = text.encode()
-            if len(ids) and len(data) == ends[-1]:  # no byte was dropped
+            if len(data) == total:  # no byte was dropped
                 return data, starts
         pieces = []
-        for begin in range(0, len(ids), _TO_BYTES_AT_ONCE):
-            some = slice(begin, begin + _TO_BYTES_AT_ONCE)
-            places = np.repeat(self._byte_starts[ids[some]] - starts[some], lengths[some])
-            pieces.append(self._bytes[places + np.arange(starts[begin], starts[begin] + len(places))].tobytes())
+        for some in blocks:
+            first = starts[some.start].astype(np.int64)
+            places = np.repeat(self._byte_starts[ids[some]] - (starts[some] - first), lengths[some])
+            pieces.append(self._bytes[places + np.arange(len(places))].tobytes())
         return b"".join(pieces), starts
 
     def chat_wrapper(self, system: str | None) -> tuple[str, str]:
