@@ -114,12 +114,12 @@ def sparkline(values: Sequence[float | None], limits: tuple[float, float] | None
     if not known:
         return " " * len(values)
     low, high = limits or (min(known), max(known))
-    span = high - low or 1.0
-    steps = len(BARS) - 1
-    return "".join(
-        " " if value is None or not math.isfinite(value) else BARS[round(min(max((value - low) / span, 0.0), 1.0) * steps)]
-        for value in values
-    )
+    span = high / 2 - low / 2 or 1.0  # halves: the difference of two large numbers may be none
+
+    def bar(value: float) -> str:
+        return BARS[round(min(max((value / 2 - low / 2) / span, 0.0), 1.0) * (len(BARS) - 1))]
+
+    return "".join(" " if value is None or not math.isfinite(value) else bar(value) for value in values)
 
 
 def _phases(records: Sequence[dict]) -> RenderableType:

@@ -124,7 +124,8 @@ def by_hand(recipe: str, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
             return seen(matrix, tuple(matrix.shape), format, False, torch.float32)
         return seen(matrix, block, format, True, matrix.dtype)
 
-    along_tokens = look(dy.T.contiguous(), (1, 128), format), look(x.T.contiguous(), (1, 128)).T
+    # In the layer's own layouts: with AMX the order of a bfloat16 product's sums depends on them.
+    along_tokens = look(dy.T.contiguous(), (1, 128), format).T.contiguous().T, look(x.T.contiguous(), (1, 128)).T.contiguous()
     return {
         "y": (look(x, (1, 128)) @ look(weight, (128, 128)).T).to(x.dtype),
         "dx": (look(dy, (1, 128), format) @ look(weight, (128, 128))).to(x.dtype),

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -62,6 +62,7 @@ def test_the_last_whole_record_of_a_long_file(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.floats()), max_size=30))
+@example([1.7976931348623157e308, -1.7976931348623157e308])
 def test_a_curve_has_one_character_a_value(values: list[float | None]) -> None:
     curve = sparkline(values)
     assert len(curve) == len(values)
