@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from slurm_cluster import Cluster, cluster, why_not
+from slurm_cluster import Cluster, cluster_or_skip, why_not
 from tiny_recipe import tiny_recipe
 
 from megatron_spice.corpus.corpus import Corpus
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(why_not() is not None
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running
 
 

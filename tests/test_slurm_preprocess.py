@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, cluster, why_not
+from slurm_cluster import Cluster, cluster_or_skip, why_not
 from tiny_tokenizer import write_tokenizer
 
 from megatron_spice.corpus.corpus import Corpus
@@ -134,7 +134,7 @@ def test_a_container_runs_the_tool(model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running
 
 

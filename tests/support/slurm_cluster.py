@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 SBIN = "/usr/sbin"
 
@@ -123,6 +125,17 @@ def cluster(folder: Path, cpus: int = 4) -> Iterator[Cluster]:
         for name in made.nodes:
             made.start_node(name)
         _until(lambda: _idle(made) == set(made.nodes), made, "idle nodes")
+        yield made
+
+
+@contextmanager
+def cluster_or_skip(folder: Path) -> Iterator[Cluster]:
+    """A cluster for a test; where its daemons do not come up (a sandbox that forbids what they need) the test skips and says so."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(cluster(folder))
+        except (TimeoutError, OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"Slurm is installed but does not start here: {error}")
         yield made
 
 
