@@ -89,7 +89,15 @@ class Cluster:
         log.close()
 
     def stop(self) -> None:
-        """Ends all daemons, and what jobs have left behind."""
+        """Ends all jobs, whose steps would outlive the daemons, and all daemons."""
+        try:
+            deadline = time.monotonic() + 10
+            while (jobs := self.client("squeue", "--noheader", "--format=%A").split()) and time.monotonic() < deadline:
+                self.client("scancel", "--full", "--signal=KILL", *jobs)
+                self.client("scancel", *jobs)
+                time.sleep(0.3)
+        except RuntimeError:  # the controller is not up (any more)
+            pass
         for name in reversed(list(self.daemons)):
             self.daemons[name].send_signal(signal.SIGTERM)
         for process in self.daemons.values():
