@@ -44,11 +44,12 @@ def recipe(tmp_path_factory) -> Path:
     return tiny_recipe(tmp_path_factory.mktemp("job"))
 
 
-def _start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
+def _start(recipe: Path, run_dir: Path, *overrides: str, apart: bool = False) -> subprocess.Popen:
+    """`apart`: in a session of its own, as from a terminal of its own."""
     environment = {**os.environ, "SPICE_VENV": str(Path(sys.prefix))}
     return subprocess.Popen(
         ["bash", ROOT / "slurm" / "spice.sh", recipe, f"run.dir={run_dir}", *overrides], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=apart,
     )  # fmt: skip
 
 
@@ -184,17 +185,21 @@ def test_a_run_that_gives_up_on_its_engine_is_saved_and_goes_on(recipe, tmp_path
     assert [line["iteration"] for line in _metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_run_that_is_asked_to_end_is_saved(recipe, tmp_path):
-    """Between two checkpoints: what was learned since is not lost."""
-    job = _start(recipe, tmp_path, "checkpoint.every=100", "train.iterations=50")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_is_saved(recipe, tmp_path, how):
+    """Between two checkpoints: what was learned since is not lost. A terminal's Ctrl-C goes to all processes at once."""
+    job = _start(recipe, tmp_path, "checkpoint.every=100", "train.iterations=50", apart=True)
     deadline = time.monotonic() + 300
     while not (tmp_path / "metrics.jsonl").exists() or len(_metrics(tmp_path)) < 2:
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0][-6000:]
         time.sleep(0.05)
     family = psutil.Process(job.pid).children(recursive=True)
-    job.send_signal(signal.SIGTERM)
+    if how == signal.SIGINT:
+        os.killpg(job.pid, how)
+    else:
+        job.send_signal(how)
     output = job.communicate(timeout=120)[0]
-    assert job.returncode not in (0, None) and "interrupted (SIGTERM)" in output, output[-6000:]
+    assert job.returncode not in (0, None) and f"interrupted ({how.name})" in output, output[-6000:]
     done = len(_metrics(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"iteration_{done:07d}"]
     assert not _wait_gone(family), "something outlived the job"

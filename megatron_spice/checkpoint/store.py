@@ -71,7 +71,7 @@ def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
     if final.exists():  # the same iteration saved again, after a resume from an earlier one
         _remove(final)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     others = [path for path in whole_checkpoints(final.parent) if path != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
         _remove(old)
@@ -85,8 +85,8 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
+def sync_folder(folder: Path) -> None:
+    """Makes names in `folder`, and so a rename, survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

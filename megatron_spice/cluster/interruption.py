@@ -6,8 +6,8 @@ what they hold is worth saving, so they have to hear of it and to agree where:
     while passages are played    every rank looks at a key in the store; the games are given up, what was before them is saved
     anywhere else                the step is finished; ranks agree at the end of the iteration, and save
 
-A second Ctrl-C ends this rank at once. SIGTERM may come any number of times: Slurm sends it to all of a job's processes, and
-torchrun passes on what it gets.
+Each may come any number of times: a terminal and Slurm send them to all of a job's processes, and torchrun passes on what it
+gets. Whoever will not wait ends torchrun, by a second Ctrl-C: its ranks end with it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ class Interruption:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._signal = number
 
     @property

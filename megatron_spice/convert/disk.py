@@ -8,20 +8,13 @@ from typing import IO, Any
 
 import torch
 
+from megatron_spice.checkpoint.store import sync_folder
+
 
 def sync_file(file: IO[Any]) -> None:
     """Brings a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:

@@ -14,10 +14,11 @@ batch. On a CPU three things are in the way, each answered by an interface that 
 from __future__ import annotations
 
 import torch
+from torch.library import Library
 
 _LOW = 0xFFFFFFFF
 HASH = "murmur_hash32_cpu"
-OPERATORS = torch.library.Library("sgl_kernel", "FRAGMENT")  # what is defined in it lasts as long as this
+OPERATORS = Library("sgl_kernel", "FRAGMENT")  # kept: its operators go when it does
 
 
 def allow() -> None:

@@ -19,7 +19,7 @@ from megatron_spice.convert.find import open_source
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 
 
-def _refused(folder: Path, *words: str, hf: Path | None = None) -> None:
+def assert_refused(folder: Path, *words: str, hf: Path | None = None) -> None:
     with pytest.raises((ValueError, FileNotFoundError, ConfigError)) as error:
         to_torch_dist(folder, folder.parent / "target", hf)
     assert all(word in str(error.value) for word in words), error.value
@@ -38,28 +38,28 @@ def _rewrite(model: Path, **changes: torch.Tensor | None) -> None:
 
 def test_names_that_are_missing_or_extra(model):
     _rewrite(model, model__norm__weight=None, stranger=torch.zeros(2))
-    _refused(model, "missing ['model.norm.weight']", "unexpected ['stranger']")
+    assert_refused(model, "missing ['model.norm.weight']", "unexpected ['stranger']")
 
 
 def test_shapes_of_another_model(model):
     _rewrite(model, model__norm__weight=torch.zeros(23, dtype=torch.bfloat16))
-    _refused(model, NORM, "(23,)", "(24,)")
+    assert_refused(model, NORM, "(23,)", "(24,)")
 
 
 def test_numbers_that_are_no_weights(model):
     _rewrite(model, model__norm__weight=torch.zeros(24, dtype=torch.int64))
-    _refused(model, NORM, "I64", "BF16")
+    assert_refused(model, NORM, "I64", "BF16")
 
 
 def test_a_truncated_file_and_a_lost_one(model):
     shard = next(iter(sorted(model.glob("*.safetensors"))))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    _refused(model, shard.name, "cannot be read")
+    assert_refused(model, shard.name, "cannot be read")
     shard.write_bytes(whole[:5])
-    _refused(model, shard.name, "cannot be read")
+    assert_refused(model, shard.name, "cannot be read")
     shard.unlink()
-    _refused(model, shard.name, "cannot be read")
+    assert_refused(model, shard.name, "cannot be read")
 
 
 @pytest.mark.parametrize("text", [
@@ -67,13 +67,13 @@ def test_a_truncated_file_and_a_lost_one(model):
 ])  # fmt: skip
 def test_an_index_that_is_none(model, text):
     (model / "model.safetensors.index.json").write_text(text)
-    _refused(model, "model.safetensors.index.json")
+    assert_refused(model, "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"model_type": "mamba"}'])
 def test_a_configuration_that_is_none(model, text):
     (model / "config.json").write_text(text)
-    _refused(model, "config.json")
+    assert_refused(model, "config.json")
 
 
 def test_a_tied_head_is_taken_for_the_embedding_only_if_it_is_one(model, tmp_path):
@@ -82,7 +82,7 @@ def test_a_tied_head_is_taken_for_the_embedding_only_if_it_is_one(model, tmp_pat
     back = to_hf(to_torch_dist(model, tmp_path / "megatron"), tmp_path / "back")
     assert read_tensors(back).keys() == whole.keys()
     write_tensors(model, {**whole, HEAD: whole[EMBEDDING].roll(1, 0)})
-    _refused(model, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings")
+    assert_refused(model, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings")
 
 
 def test_buffers_of_old_versions_are_left_out(model, tmp_path):
@@ -104,7 +104,7 @@ def test_links_are_followed_and_must_lead_somewhere(model, tmp_path):
     assert not any(path.is_symlink() for path in back.rglob("*"))
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to(model / "tokenizer.json")
-    _refused(model, "tokenizer.json is a link that leads nowhere")
+    assert_refused(model, "tokenizer.json is a link that leads nowhere")
 
 
 def test_a_torch_dist_folder_of_another_model_or_not_whole(model, tmp_path):
@@ -115,16 +115,16 @@ def test_a_torch_dist_folder_of_another_model_or_not_whole(model, tmp_path):
         ("tie_word_embeddings", False, "missing ['output_layer.weight']"),
     ]:  # fmt: skip
         (ours / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
-        _refused(ours, word)
+        assert_refused(ours, word)
     (ours / "hf" / "config.json").write_text(json.dumps(config))
     [data] = (ours / "weights").glob("*.distcp")
     whole = data.read_bytes()
     data.write_bytes(whole[:-100])
-    _refused(ours, data.name, "bytes", "copy the folder again")
+    assert_refused(ours, data.name, "bytes", "copy the folder again")
     data.write_bytes(bytes(len(whole)))
-    _refused(ours, data.name, "is damaged at byte 0")
+    assert_refused(ours, data.name, "is damaged at byte 0")
     data.unlink()
-    _refused(ours, data.name, "is not there")
+    assert_refused(ours, data.name, "is not there")
 
 
 class _Harm:
@@ -140,10 +140,10 @@ class _Harm:
 def test_pickles_that_would_run_something_do_not(model, tmp_path):
     ours = to_torch_dist(model, tmp_path / "megatron")
     (ours / "weights" / ".metadata").write_bytes(pickle.dumps(_Harm(tmp_path / "harm")))
-    _refused(ours, ".metadata", "posix.mkdir")
+    assert_refused(ours, ".metadata", "posix.mkdir")
     ranks = to_mp_rank(model, tmp_path / "ranks")
     torch.save({"model": {}, "args": _Harm(tmp_path / "harm")}, ranks / "release" / "mp_rank_00" / "model_optim_rng.pt")
-    _refused(ranks, "would run", "posix.mkdir", hf=model)
+    assert_refused(ranks, "would run", "posix.mkdir", hf=model)
     assert not (tmp_path / "harm").exists()
 
 
@@ -152,7 +152,7 @@ def test_files_for_each_rank_of_another_model_or_not_whole(model, tmp_path):
     ranks = to_mp_rank(model, tmp_path / "ranks", tensor=2, pipeline=2)
     with pytest.raises(ValueError, match="give the Hugging Face folder of its model with --hf"):
         open_source(ranks)
-    _refused(ranks, "trained with num_layers=4", "num_layers=2", hf=other)
+    assert_refused(ranks, "trained with num_layers=4", "num_layers=2", hf=other)
     name = ranks / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
     state = torch.load(name, weights_only=False)
     whole = name.read_bytes()
@@ -161,7 +161,7 @@ def test_files_for_each_rank_of_another_model_or_not_whole(model, tmp_path):
         for path in ranks.glob("release/*/*.pt"):
             path.write_bytes(whole)
             torch.save({**state, **change}, path)
-        _refused(ranks, word, hf=model)
+        assert_refused(ranks, word, hf=model)
 
 
 def test_arguments_that_mean_nothing_to_the_model_are_not_compared(tmp_path):
@@ -174,7 +174,7 @@ def test_arguments_that_mean_nothing_to_the_model_are_not_compared(tmp_path):
     assert_same_model(model, to_hf(ranks, tmp_path / "back", hf=model))
     state["args"].moe_ffn_hidden_size = 6144
     torch.save(state, path)
-    _refused(ranks, "moe_ffn_hidden_size=6144", "moe_ffn_hidden_size=20", hf=model)
+    assert_refused(ranks, "moe_ffn_hidden_size=6144", "moe_ffn_hidden_size=20", hf=model)
 
 
 def test_a_lost_rank_and_a_copy_of_the_embedding_that_is_none(model, tmp_path):
@@ -183,13 +183,13 @@ def test_a_lost_rank_and_a_copy_of_the_embedding_that_is_none(model, tmp_path):
     state = torch.load(last, weights_only=False)
     state["model"]["output_layer.weight"].zero_()
     torch.save(state, last)
-    _refused(ranks, "output_layer.weight differs from the embedding", hf=model)
+    assert_refused(ranks, "output_layer.weight differs from the embedding", hf=model)
     state["model"]["stranger.weight"] = torch.zeros(1)
     torch.save(state, last)
-    _refused(ranks, "stranger.weight", hf=model)
+    assert_refused(ranks, "stranger.weight", hf=model)
     last.unlink()
-    _refused(ranks, "mp_rank_01_001", hf=model)
+    assert_refused(ranks, "mp_rank_01_001", hf=model)
     last.parent.rmdir()
-    _refused(ranks, "no file of tensor rank 1 in pipeline stage 1", hf=model)
+    assert_refused(ranks, "no file of tensor rank 1 in pipeline stage 1", hf=model)
     (ranks / "latest_checkpointed_iteration.txt").write_text("12")
-    _refused(ranks, "iter_0000012", hf=model)
+    assert_refused(ranks, "iter_0000012", hf=model)

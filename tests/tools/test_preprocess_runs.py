@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import write_tokenizer
 
 from megatron_spice.corpus.manifest import Manifest
 
@@ -40,14 +40,7 @@ sys.exit(preprocess_corpus.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(["The river runs to the sea."] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("model"), "The river runs to the sea.", vocab_size=300)
 
 
 @pytest.fixture(scope="module")

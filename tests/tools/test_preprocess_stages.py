@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import write_tokenizer
 
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.manifest import Manifest
@@ -35,14 +35,7 @@ def tool():
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([RIVER] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("model"), RIVER, vocab_size=300)
 
 
 @pytest.fixture
