@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# Backslashes come doubled from models that write their answer as JSON would.
+_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _LABEL = re.compile(r"(?:\s*Answer\s*:)?[ \t]*", re.IGNORECASE)
 
 
@@ -29,6 +30,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def answer_line(text: str) -> str | None:
-    """The first line of a completion that goes on from `Answer:`, None when it is empty."""
+    """The first line of a completion that goes on from `Answer:`, None when it is empty. Of a line with a box in it the box
+    counts: models that were trained to box do so unasked."""
     line = text[_LABEL.match(text).end() :].split("\n", 1)[0].strip()
-    return line or None
+    return last_boxed(line) or line or None

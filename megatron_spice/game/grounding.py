@@ -9,12 +9,11 @@ question.
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from megatron_spice.game.numerals import numbers_in, read_quantity
 from megatron_spice.game.options import split_options
 from megatron_spice.game.records import Task
-from megatron_spice.game.text import normalise
+from megatron_spice.game.text import fold, normalise
 
 _TEXT = r"(?:passage|text|document|article|excerpt|paragraph|extract|author)"
 _VERB = r"(?:say|state|mention|describe|list|give|report|note|suggest|claim)s?"
@@ -27,18 +26,13 @@ _REFERENCE = re.compile(
 )
 
 
-def _folded(text: str) -> str:
-    """Text to search in: as `normalise` compares it, with its punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
-
-
 def occurs(answer: str, text: str) -> bool:
     """Whether `answer` stands in `text`: a number as a whole number, anything else between word boundaries."""
     number = read_quantity(answer)
     if number is not None and re.fullmatch(r"[^A-Za-z]*", answer):
         return number in numbers_in(text)
     wanted = normalise(answer)
-    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", _folded(text)) is not None
+    return bool(wanted) and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", fold(text)) is not None
 
 
 def is_grounded(task: Task, passage: str) -> bool:

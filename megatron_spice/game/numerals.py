@@ -19,7 +19,11 @@ _SCALE = r"(?:\s+(hundred|thousand|million|billion|trillion)\b)?"
 _INTEGER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 _MENTION = re.compile(rf"(?<![\w.,])({_DIGITS})(?!,?[0-9]){_SCALE}", re.IGNORECASE)
 # A number with its unit: at most three words, a currency sign in front, a percent sign behind.
-_UNIT = r"(?:\s*(?:%|percent|[a-z]+(?:[/^][a-z0-9]+)*\.?(?:\s+[a-z]+\.?){0,2}))?"
+# The letters that no unit has to itself are variables: 42x is not 42.
+_UNIT = (
+    r"(?:\s*(?:%|percent|(?:\u00b0|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degrees?)\s*(?:[CFK](?![a-z]))?"
+    r"|(?!(?-i:[abcefijknpqruvwxyz])(?![a-z]))[a-z]+(?:[/^](?:[a-z0-9]+|\{[0-9]\}))*\.?(?:\s+[a-z]+\.?){0,2}))?"
+)
 _QUANTITY = re.compile(rf"([+-]?)\s*(?:us\s*)?[$\u20ac\u00a3]?\s*({_DIGITS}){_SCALE}{_UNIT}", re.IGNORECASE)
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _NUMBER_WORDS = re.compile(

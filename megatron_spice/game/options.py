@@ -1,13 +1,14 @@
-"""Multiple choice: finding the four options in a question, and the letter in whatever a model writes for one.
+"""Multiple choice: finding the options in a question, and the letter in whatever a model writes for one.
 
 Letters come as `B`, `(b)`, `B.`, `\\text{B}`, `B) 374 km`, `C: 2.4`, `Option B` or as the option's own text. Taking any
-capital A to D found in an answer would be lenient to nonsense; taking only a bare letter makes right answers wrong. The
-forms are listed, anything else has no letter.
+capital found in an answer would be lenient to nonsense; taking only a bare letter makes right answers wrong. The
+forms are listed, anything else has no letter. A task of the game has four options, one of a benchmark up to 26.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from megatron_spice.game.text import normalise, strip_latex
 
@@ -18,8 +19,9 @@ _LEAK = re.compile(
     r"\s*\(?\b(?:the\s+)?(?:correct(?:\s+(?:answer|option|letter))?|answer)\s*(?:is\s*)?[:=]\s*\(?[A-D]\b.*\Z",
     re.I | re.S,
 )
-_BARE = re.compile(r"\(?([A-Da-d])\)?[).:]?")
-_WITH_TEXT = re.compile(r"(?:\(([A-D])\)|([A-D])[).:])\s*\S.*", re.DOTALL)
+_BARE = re.compile(r"[({]?([A-Za-z])[)}]?[).:,;!]?")
+_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s*\S.*", re.DOTALL)
+_BEFORE_TEXT = re.compile(r"([A-Z])(?:\s*[-,=]\s*|\s+)(.+)", re.DOTALL)
 _NAMED = re.compile(
     r"(?:the\s+)?(?:correct\s+)?(?:option|answer|choice)(?:\s+is)?\s*:?\s+(.+)", re.IGNORECASE | re.DOTALL
 )
@@ -33,32 +35,45 @@ def without_leaked_answer(question: str) -> str:
 def split_options(question: str) -> tuple[str, dict[str, str]] | None:
     """Stem and options of a multiple choice question, None unless there are four different ones, A) to D), after a
     stem."""
+    found = options_in(question)
+    return found if found and len(found[1]) == len(LETTERS) else None
+
+
+def options_in(question: str) -> tuple[str, dict[str, str]] | None:
+    """Stem and options of a question with any number of different ones, A) and on, at least two, after a stem."""
     for mark in (_LINE_MARK, _INLINE_MARK):
         marks = list(mark.finditer(question))
-        if [match.group(1) for match in marks] != list(LETTERS):
+        letters = [match.group(1) for match in marks]
+        if len(marks) < 2 or letters != [chr(ord("A") + place) for place in range(len(marks))]:
             continue
         ends = [match.start() for match in marks[1:]] + [len(question)]
         texts = [question[match.end() : end].strip() for match, end in zip(marks, ends)]
         stem = question[: marks[0].start()].strip()
-        if stem and all(texts) and len({normalise(text) for text in texts}) == len(LETTERS):
-            return stem, dict(zip(LETTERS, texts))
+        if stem and all(texts) and len({normalise(text) for text in texts}) == len(texts):
+            return stem, dict(zip(letters, texts))
     return None
 
 
-def letter_of(text: str, question: str = "") -> str | None:
-    """The letter that an answer stands for, None when it has none. `question` lets an option's own text count."""
-    text = " ".join(strip_latex(text).split()).strip("*`'\" ")
-    named = _NAMED.fullmatch(text)
-    text = named.group(1) if named else text
-    match = _BARE.fullmatch(text)
+def letter_of(text: str, question: str = "", gold: str = "") -> str | None:
+    """The letter that an answer stands for, None when it has none.
+
+    Args:
+        question: its options say which letters there are (A to D if it has none that can be read), and let an option's own
+            text count.
+        gold: the right letter, if it is known: it and those before it are there, whatever can be read.
+    """
+    split = options_in(question)
+    options = split[1] if split else {}
+    last = max([*(options or LETTERS), gold.strip()[:1].upper()])
+    text = " ".join(strip_latex(unicodedata.normalize("NFKC", text)).split()).strip("*`'\" ")
+    for _ in range(2):  # as in `The answer is option B`
+        named = _NAMED.fullmatch(text)
+        text = named.group(1).strip("*`'\" ") if named else text
+    match = _BARE.fullmatch(text) or _WITH_TEXT.fullmatch(text)
     if match:
-        return match.group(1).upper()
-    match = _WITH_TEXT.fullmatch(text)
-    if match:
-        return match.group(1) or match.group(2)
-    split = split_options(question)
-    if split:
-        for letter, option in split[1].items():
-            if normalise(option) == normalise(text):
-                return letter
-    return None
+        letter = next(filter(None, match.groups())).upper()
+        return letter if letter <= last else None
+    match = _BEFORE_TEXT.fullmatch(text)
+    if match and match[1] in options and normalise(match[2]).strip("()") == normalise(options[match[1]]):
+        return match[1]
+    return next((letter for letter, option in options.items() if normalise(option) == normalise(text)), None)

@@ -12,14 +12,23 @@ import re
 import unicodedata
 
 _WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|operatorname|mbox)\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|operatorname|mbox|underline"
+    r"|(?:text)?color\s*\{[A-Za-z]{1,20}\})\s*\{([^{}]*)\}"
 )
-_SPACING = re.compile(r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])")
+_SPACING = re.compile(
+    r"(?<!\\)\\[,;:! ]|~|\\(?:q?quad|displaystyle|textstyle|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|rm|it)(?![a-zA-Z])"
+)
+# What typesetting makes of an apostrophe, a quote and a hyphen (NFKC leaves them alone).
+_TYPOGRAPHY = str.maketrans(
+    {**dict.fromkeys("\u2018\u2019\u02bc", "'"), **dict.fromkeys("\u201c\u201d", '"')}
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+)
 _DECORATION = " \t\r\n.,;:!?'\"`*\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
 def strip_latex(text: str) -> str:
     """`text` without math delimiters, text wrappers such as `\\text{...}` and LaTeX spacing; other commands stay."""
+    text = text.replace(",\\!", ",")  # how LaTeX writes a comma between thousands
     text = text.replace("\\(", " ").replace("\\)", " ").replace("\\[", " ").replace("\\]", " ").replace("$", "")
     for _ in range(4):  # wrappers nest, but never deeply in earnest
         text, changed = _WRAPPER.subn(r"\1", text)
@@ -29,9 +38,17 @@ def strip_latex(text: str) -> str:
     return text.replace("\\%", "%").replace("\\&", "&").replace("\\_", "_").replace("\\#", "#").strip()
 
 
+def undecorated(text: str) -> str:
+    """`text` without Markdown's marks and quotes around it, which are never mathematics there."""
+    return text.strip(" \t\r\n*`\"")
+
+
+def fold(text: str) -> str:
+    """`text` without what typesetting and capitals add: NFKC, plain quotes and hyphens, case folded, single spaces."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.translate(_TYPOGRAPHY).split())
+
+
 def normalise(text: str) -> str:
-    """The form in which two strings are compared exactly: NFKC, unwrapped, case folded, single spaces, bare of
-    quotes."""
-    text = strip_latex(unicodedata.normalize("NFKC", text))
-    text = unicodedata.normalize("NFKC", text.casefold())
-    return " ".join(text.split()).strip(_DECORATION)
+    """The form in which two strings are compared exactly: unwrapped, folded, bare of quotes and full stops."""
+    return fold(strip_latex(unicodedata.normalize("NFKC", text))).strip(_DECORATION)

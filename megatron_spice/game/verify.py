@@ -7,21 +7,32 @@ process. Every way of not knowing (nothing extracted, too long, timeout, crash) 
 counted.
 
 The Integer rule is narrower than Math-Verify: a gold integer is met by a number of the same value, with or without a
-unit (`42`, `42.0`, `1{,}234 km`, `50%` for 50), or by arithmetic that yields it (`6 \\cdot 7`), never by a factorial,
-a variable or 0.5 for 50 %.
+unit (`42`, `42.0`, `1{,}234 km`, `50%` for 50), by arithmetic that yields it (`6 \\cdot 7`), or by either as the value of
+one letter (`x = 42`), never by a factorial, a term with a variable or 0.5 for 50 %. Expressions may have a unit on one
+side; on both sides it must be the same.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from megatron_spice.config.schema import VerifierConfig
-from megatron_spice.game.expression import looks_arithmetic, looks_mathematical, to_latex
+from megatron_spice.game.expression import (
+    exact_decimals,
+    list_brackets,
+    looks_arithmetic,
+    looks_mathematical,
+    to_latex,
+    without_unit,
+)
 from megatron_spice.game.numerals import read_integer, read_quantity
 from megatron_spice.game.options import letter_of
 from megatron_spice.game.records import Task, Verdict
-from megatron_spice.game.text import normalise, strip_latex
+from megatron_spice.game.text import normalise, strip_latex, undecorated
 from megatron_spice.game.verify_pool import WorkerCrash, WorkerPool, WorkerTimeout
+
+_VALUE_OF = re.compile(r"\s*[A-Za-z](?:_(?:\w|\{[^{}]{1,20}\}))?\s*=\s*")
 
 
 class Verifier:
@@ -81,26 +92,35 @@ class Verifier:
         if len(answer) > self._config.max_chars:
             return False, "too_long"
         if task.answer_type == "MCQ":
-            letter = letter_of(answer, task.question)
+            letter = letter_of(answer, task.question, task.gold_answer)
             return (False, "no_letter") if letter is None else (letter == task.gold_answer, "letter")
         if task.answer_type == "String":
             same = normalise(answer) == normalise(task.gold_answer)
             return same, "exact" if same else "different"
         # Not `normalise`: in mathematics a trailing "!" and capitals are no decoration.
+        answer = undecorated(answer)
         if _plain(answer) == _plain(task.gold_answer):
             return True, "exact"
         if task.answer_type == "Integer":
             return await self._judge_integer(task.gold_answer, answer)
-        if looks_mathematical(answer):
-            return await self._ask(to_latex(task.gold_answer), to_latex(answer))
-        return False, "different"
+        return await self._judge_expression(task.gold_answer, answer)
+
+    async def _judge_expression(self, gold: str, answer: str) -> tuple[bool, str]:
+        (gold, gold_unit), (answer, unit) = without_unit(gold), without_unit(answer)
+        brackets = {list_brackets(gold), list_brackets(answer)} - {None}
+        if (gold_unit and unit and normalise(gold_unit) != normalise(unit)) or len(brackets) > 1:
+            return False, "different"
+        if not looks_mathematical(answer):
+            return False, "different"
+        return await self._ask(to_latex(gold), to_latex(answer))
 
     async def _judge_integer(self, gold: str, answer: str) -> tuple[bool, str]:
+        answer = _VALUE_OF.sub("", answer, count=1) if _VALUE_OF.match(answer) else answer
         quantity = read_quantity(answer)
         if quantity is not None:
             return quantity == read_integer(gold), "number"
         if looks_arithmetic(answer):
-            return await self._ask(str(read_integer(gold)), to_latex(answer))
+            return await self._ask(str(read_integer(gold)), exact_decimals(to_latex(answer)))
         return False, "different"
 
     async def _ask(self, gold: str, prediction: str | None) -> tuple[bool, str]:
@@ -113,4 +133,5 @@ class Verifier:
 
 
 def _plain(text: str) -> str:
-    return "".join(strip_latex(text).split())
+    """Without spaces, but between digits: `4 2` is not 42."""
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", strip_latex(text))
