@@ -69,6 +69,6 @@ Where it lies:
   $SPICE_RUN_DIR/metrics.jsonl     a line an iteration
   $SPICE_RUN_DIR/episodes.jsonl    every passage played: attempts, tasks, answers, rewards
   $SPICE_RUN_DIR/tensorboard/      the same numbers for TensorBoard
-  $SPICE_RUN_DIR/report.png        and as a figure
 To go on: bash slurm/spice.sh $recipe ${others[*]:+${others[*]} }train.iterations=50   (a run goes on from its newest checkpoint)
+To read, in a browser: $SPICE_RUN_DIR/report.html
 END

@@ -18,6 +18,22 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld
     slurmctld slurmd slurm-client munge; } >/dev/null || echo "tests/run.sh: Slurm could not be installed" >&2
 fi
 
+# A browser and an accessibility checker for tests/report/test_browser.py; without them it skips and says so.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null ||
+    echo "tests/run.sh: Chromium could not be installed" >&2
+fi
+axe=axe-core@4.14.1
+if command -v npm >/dev/null && [ ! -e assets/axe-core ]; then
+  folder="$(mktemp -d)"
+  if (cd "$folder" && npm pack --silent "$axe" && tar xzf axe-core-*.tgz) >/dev/null; then
+    mv "$folder" assets/axe-core
+  else
+    rm -rf "$folder"
+    echo "tests/run.sh: $axe could not be fetched" >&2
+  fi
+fi
+
 # Waiting threads that spin would take the cores from the processes the tests start.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

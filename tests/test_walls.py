@@ -22,6 +22,7 @@ FLOORS = {
     "telemetry": 2,
     "rollout": 3,
     "checkpoint": 3,
+    "report": 3,
     "weights": 4,
     "convert": 5,
     "policy": 5,

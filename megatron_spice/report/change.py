@@ -1,0 +1,137 @@
+"""By how much a number changed over a run, and how sure that is.
+
+The first fifth of the iterations is compared with the last. An iteration plays few passages, so its numbers scatter, and
+neighbours resemble each other: with a lag-1 correlation r, n iterations are worth n (1 - r) / (1 + r). r comes from the
+residuals about a straight line, so that a curve that bends counts as correlated: intervals are then wider, not narrower.
+Over several seeds the seeds are the sample, and nothing has to be assumed about iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SHORTEST = 6  # iterations with a value, below which nothing is said
+FEWEST_COMPARED = 3
+STRONGEST_CORRELATION = 0.8
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change with its 95 % interval.
+
+    Attributes:
+        first, last: means at both ends.
+        low, high: the interval of `last - first`; infinite where a single pair of values gives none.
+        compared: iterations at either end.
+        seeds: runs it is the mean of.
+    """
+
+    first: float
+    last: float
+    low: float
+    high: float
+    compared: int
+    seeds: int = 1
+
+    @property
+    def difference(self) -> float:
+        return self.last - self.first
+
+    @property
+    def direction(self) -> int:
+        """+1 or -1 where the interval says so, 0 where it holds zero."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def change(values: np.ndarray) -> Change | None:
+    """From the first to the last fifth of one run's values [iterations]; None if fewer than `SHORTEST` are known."""
+    known = values[np.isfinite(values)]
+    if len(known) < SHORTEST:
+        return None
+    count = max(FEWEST_COMPARED, len(known) // 5)
+    return between(known, slice(0, count), slice(-count, None))
+
+
+def between(known: np.ndarray, earlier: slice, later: slice, looked_at: int = 1) -> Change:
+    """From one part of a run's known values [iterations] to another, by Welch's interval.
+
+    Args:
+        looked_at: pairs of parts of which this one was picked; the interval holds for all of them together (Bonferroni).
+    """
+    first, last = known[earlier], known[later]
+    count = min(len(first), len(last))
+    effective = effective_count(known, count)
+    errors = [part.var(ddof=1) / effective for part in (first, last)]
+    error, difference = math.sqrt(sum(errors)), float(last.mean() - first.mean())
+    squares = sum(part**2 / (effective - 1) for part in errors)
+    freedom = sum(errors) ** 2 / squares if squares else 1.0
+    margin = student(freedom, 0.05 / looked_at) * error if error else 0.0
+    return Change(float(first.mean()), float(last.mean()), difference - margin, difference + margin, count)
+
+
+def change_over_seeds(runs: Sequence[np.ndarray]) -> Change | None:
+    """The mean change of several runs of one recipe, each [iterations]; of a single run, `change`."""
+    changes = [found for values in runs if (found := change(values)) is not None]
+    if len(changes) < 2:
+        return changes[0] if changes else None
+    low, high = mean_interval([each.difference for each in changes])
+    first, last = (float(np.mean([getattr(each, end) for each in changes])) for end in ("first", "last"))
+    return Change(first, last, low, high, min(each.compared for each in changes), len(changes))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of independent values; infinite for a single one."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    margin = student(len(values) - 1) * error
+    return mean - margin, mean + margin
+
+
+def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of mean(theirs) - mean(ours), two independent samples (Welch); infinite if either has a single value."""
+    if min(len(ours), len(theirs)) < 2:
+        return -math.inf, math.inf
+    errors = [float(np.var(part, ddof=1)) / len(part) for part in (ours, theirs)]
+    difference, error = float(np.mean(theirs) - np.mean(ours)), math.sqrt(sum(errors))
+    squares = sum(part**2 / (len(values) - 1) for part, values in zip(errors, (ours, theirs)))
+    margin = student(sum(errors) ** 2 / squares) * error if squares else 0.0
+    return difference - margin, difference + margin
+
+
+def effective_count(values: np.ndarray, count: int) -> float:
+    """How many independent iterations `count` neighbouring ones of `values` [iterations] are worth, at least 2."""
+    places = np.arange(len(values))
+    residuals = values - np.polyval(np.polyfit(places, values, 1), places)
+    power = float((residuals**2).sum())
+    correlation = float((residuals[1:] * residuals[:-1]).sum()) / power if power > 1e-24 else 0.0
+    correlation = min(max(correlation, 0.0), STRONGEST_CORRELATION)
+    return max(2.0, count * (1 - correlation) / (1 + correlation))
+
+
+def student(freedom: float, outside: float = 0.05) -> float:
+    """What |t| of Student's distribution with `freedom` >= 1 degrees of freedom exceeds with probability `outside`, to 4 digits.
+
+    With t = sqrt(freedom) tan(a) its density is proportional to cos(a) ** (freedom - 1), which is summed up here.
+    """
+    freedom = min(freedom, 2e4)  # beyond, the same to 5 digits, and the density is still wider than a step of the sum
+    angles = np.linspace(0.0, math.pi / 2, 20001)
+    density = np.cos(angles) ** (freedom - 1.0)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(1 - outside, below / below[-1], angles)))
+
+
+def smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and its `reach` neighbours on either side, as far as there are, leaving NaN out; [iterations]."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    places = np.arange(len(values))
+    start, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    amount = counts[end] - counts[start]
+    means = (sums[end] - sums[start]) / np.maximum(amount, 1)
+    return np.where(amount > 0, means, math.nan)

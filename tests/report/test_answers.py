@@ -1,0 +1,95 @@
+"""The four answers: they claim what the data show, and say so when they show nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from made_run import episode, made_run, write_lines
+
+from megatron_spice.report import answers
+from megatron_spice.report.episode_file import scan
+from megatron_spice.report.groups import Group, group_runs
+from megatron_spice.report.runs import read_run
+
+
+def group_of(*folders: Path) -> Group:
+    (group,) = group_runs([read_run(folder) for folder in folders])
+    return group
+
+
+def noisy(begin: float, end: float, count: int, scatter: float = 0.02):
+    chance = random.Random(11)
+    return lambda number: begin + (end - begin) * number / count + chance.uniform(-scatter, scatter)
+
+
+@pytest.mark.parametrize(("begin", "end", "verdict"), [
+    (0.1, 0.5, "Yes"), (0.5, 0.1, "No, it got worse"), (0.3, 0.3, answers.UNKNOWN),
+])  # fmt: skip
+def test_the_challenger_is_better_when_its_reward_rose_beyond_chance(tmp_path: Path, begin: float, end: float, verdict: str) -> None:
+    answer = answers.challenger(group_of(made_run(tmp_path / "run", 30, challenger__reward=noisy(begin, end, 30))))
+    assert answer.verdict == verdict
+    assert "interval" in answer.headline and "the first 6 iterations against the last 6" in answer.headline
+
+
+def test_a_reward_that_fell_again_is_said(tmp_path: Path) -> None:
+    noise = noisy(0.1, 0.1, 50)
+    run = made_run(tmp_path / "run", 50, challenger__reward=lambda number: noise(number) + (0.4 if 21 <= number <= 40 else 0.1 * (number > 40)))
+    details = " ".join(answers.challenger(group_of(run)).details)
+    assert "It was highest in iterations" in details and "has fallen since" in details
+
+
+def test_a_short_run_and_a_fixed_challenger_claim_nothing(tmp_path: Path) -> None:
+    short = answers.challenger(group_of(made_run(tmp_path / "short", 1, challenger__reward=lambda _: 0.5)))
+    assert short.verdict == answers.UNKNOWN and "Only 1 iteration with a value" in short.headline
+    fixed = made_run(tmp_path / "fixed", 20, {"game": {"fixed_challenger": True}}, challenger__reward=noisy(0.1, 0.5, 20))
+    assert answers.challenger(group_of(fixed)).verdict == "It is not trained"
+
+
+def test_a_pass_rate_alone_does_not_make_the_reasoner_better(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 30, reasoner__pass_rate=noisy(0.1, 0.6, 30))
+    answer = answers.reasoner(group_of(run), None, None)
+    assert answer.verdict == "It passes more tasks; whether it reasons better cannot be told"
+    assert answer.tone == "open" and "tools/evaluate.py" in answer.details[-1]
+
+
+@pytest.mark.parametrize(("scores", "verdict"), [
+    ({"a": (0.1, 0.5)}, "Yes"), ({"a": (0.5, 0.1)}, "No, it got worse"), ({"a": (0.1, 0.5), "b": (0.5, 0.1)}, "Better on some, worse on others"),
+    ({"a": (0.3, 0.31)}, answers.UNKNOWN),
+])  # fmt: skip
+def test_fixed_questions_tell_whether_the_reasoner_is_better(tmp_path: Path, scores: dict, verdict: str) -> None:
+    run = made_run(tmp_path / "run", 30, reasoner__pass_rate=noisy(0.1, 0.6, 30))
+    (run / "evaluation").mkdir()
+    for place, iteration in enumerate((0, 30)):
+        tasks = {task: {"score": pair[place], "low": pair[place] - 0.05, "high": pair[place] + 0.05} for task, pair in scores.items()}
+        (run / "evaluation" / f"{iteration}.json").write_text(json.dumps({"iteration": iteration, "tasks": tasks}))
+    answer = answers.reasoner(group_of(run), None, None)
+    assert answer.verdict == verdict
+    assert "On fixed questions" in answer.headline
+
+
+def test_an_answer_that_takes_over_is_a_warning(tmp_path: Path) -> None:
+    early = [episode(1, f"Question {number}?", str(number)) for number in range(20)]
+    late = [episode(2, f"How many {number}?", "1" if number < 14 else str(number)) for number in range(20)]
+    write_lines(tmp_path / "episodes.jsonl", early + late)
+    file = scan(tmp_path / "episodes.jsonl", [1], [2])
+    answer = answers.questions("run", file)
+    assert answer.verdict == "Mostly \u201chow many \u2026?\u201d"
+    assert "is that of 70\u00a0% of the last tasks (5.0\u00a0% of the first): both roles may have agreed" in answer.details[-1]
+    assert answers.questions("run", None).verdict == answers.UNKNOWN
+
+
+def test_where_the_time_goes_adds_up(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 10, seconds__play=lambda _: 6.0, seconds__train=lambda _: 3.0, seconds__other=lambda _: 1.0, seconds__iteration=lambda _: 10.0)
+    answer = answers.where_time_goes(group_of(run))
+    assert answer.verdict == "Mostly into play: 60\u00a0%"
+    assert answer.headline.endswith("play 60\u00a0%, train 30\u00a0%.") and "10\u00a0% of it outside all phases" in answer.details[0]
+    assert answers.where_time_goes(group_of(made_run(tmp_path / "none", 10))).verdict == answers.UNKNOWN
+
+
+def test_seeds_give_the_interval(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / f"seed{seed}", 20, {"train": {"seed": seed}}, challenger__reward=noisy(0.1, 0.5 + seed / 50, 20)) for seed in range(3)]
+    answer = answers.challenger(group_of(*runs))
+    assert answer.verdict == "Yes" and "mean of 3 seeds" in answer.headline
