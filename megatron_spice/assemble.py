@@ -115,7 +115,7 @@ def assemble(
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
-    checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, topology.is_first)
+    checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files)
     resume = checkpointer.newest()
     sampler, baselines, carried, done = _passages(
         config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
@@ -129,6 +129,7 @@ def assemble(
         pool.launch()
     policy = Policy(config, read_architecture(config.policy.model), topology)
     stack.callback(policy.close)
+    stack.callback(checkpointer.close)
     compares = config.policy.kl_coefficient is not None
     if not resume or compares:
         if checkpoints.is_megatron(config.policy.model):

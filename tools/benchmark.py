@@ -11,11 +11,12 @@
     python tools/benchmark.py preprocess --tokenizer assets/smollm2-135m-instruct --megatron-lm ../Megatron-LM
     python tools/benchmark.py passages
     python tools/benchmark.py convert --gigabytes 3
+    python tools/benchmark.py checkpoint --model assets/smollm2-135m-instruct
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
 engines play uneven passages and says how long they had nothing to do; `iteration` times whole iterations of a recipe;
 `preprocess` makes shards of texts; `passages` reads random passages from a corpus; `convert` converts a checkpoint beside a
-plain copy of it. What each measures and how is told by `benchmark.py SUITE --help`. A suite is a module here with HELP,
+plain copy of it; `checkpoint` saves and loads a policy. What each measures and how is told by `benchmark.py SUITE --help`. A suite is a module here with HELP,
 `add_arguments`, `jobs`, `run_rank` and `table`; its jobs run one after the other, each in ranks of its own
 (benchmark_ranks.py).
 """
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import benchmark_ranks  # noqa: E402
+import checkpoint_benchmark  # noqa: E402
 import convert_benchmark  # noqa: E402
 import iteration_benchmark  # noqa: E402
 import passages_benchmark  # noqa: E402
@@ -51,6 +53,7 @@ from megatron_spice.cluster.children import die_with_parent  # noqa: E402
 SUITES: dict[str, Any] = {
     "policy": policy_suite, "sync": sync_benchmark, "rollout": rollout_benchmark, "iteration": iteration_benchmark,
     "preprocess": preprocess_benchmark, "passages": passages_benchmark, "convert": convert_benchmark,
+    "checkpoint": checkpoint_benchmark,
 }  # fmt: skip
 VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy", "tokenizers", "gigatoken")
 

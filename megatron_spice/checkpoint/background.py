@@ -1,92 +1,171 @@
-"""Writing a checkpoint's tensors while the run goes on.
+"""Making a checkpoint of a snapshot, in a thread beside the run.
 
-Megatron-Core divides a save in three: planning (all ranks), writing (each rank its own files), and finishing (all ranks, once
-every file is on disk). The middle part is meant for another process, which it forks. Here it is a thread: writing is files
-and fsync, which need no interpreter lock, and a fork of a process with CUDA, gloo and a server's connections in it is a risk
-that nobody would see until it hangs.
+Everything but the snapshot is here, from the check for room to the rename, so nothing of a save is in an iteration's way. All
+ranks' threads go through it together, over a gloo group that nothing else uses: collectives of a thread and of the main one
+would meet on a group that they shared. There are few and they carry no tensors:
 
-What is written is a copy in host memory. On an accelerator Megatron's own staging makes it. On a CPU that staging gives the
-tensors themselves, which the next step would change under the writer's hands, so they are copied.
+    1  the bytes to come are added up, the first rank looks for room and makes the folder
+    2  every rank writes its own file
+    3  the first rank hears from all, writes the index and the run state, renames the folder, and says how it ended
+
+A thread and not a process: writing is files and fsync, which need no interpreter lock, and a fork of a process with CUDA,
+gloo and a server's connections in it is a risk that nobody would see until it hangs. It has a lower priority than the run, for
+on a CPU the engines play on the same cores.
 """
 
 from __future__ import annotations
 
-import queue
+import os
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megatron_spice.checkpoint import store
+from megatron_spice.checkpoint.distcp import Record, write_file, write_index
+from megatron_spice.checkpoint.hf_files import copy_small_files
+from megatron_spice.checkpoint.pieces import Holdings
+
+NICENESS = 10
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is made of the tensors: a checkpoint of an iteration in a run's `folder`, of which the newest `keep` stay."""
+
+    folder: Path
+    state: dict[str, Any]
+    keep: int
+    hf_files: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where it lies until it is whole."""
+        return self.folder / f"{store.name_of(self.state['iteration'])}.partial"
+
+    def begin(self, num_bytes: int) -> None:
+        """Makes the folder. Raises OSError without room for `num_bytes`."""
+        store.begin(self.folder, self.state["iteration"], num_bytes)
+        copy_small_files(self.hf_files, self.partial / store.HF)
+
+    def finish(self, records: list[Record], common: dict[str, Any]) -> None:
+        """Makes it whole."""
+        write_index(self.partial / store.WEIGHTS, records, common)
+        store.finish(self.partial, self.state, self.keep)
+
+
+@dataclass
+class Ranks:
+    """The ranks of a save: a group of all, None if none is needed, and which this one is."""
+
+    group: dist.ProcessGroup | None
+    rank: int = field(default_factory=lambda: dist.get_rank())
+
+    def first_does(self, act: Callable[[], None]) -> None:
+        """The first rank acts. Raises OSError on all ranks where it fails."""
+        words: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                act()
+            except (OSError, ValueError) as error:
+                words = [str(error)]
+        dist.broadcast_object_list(words, 0, group=self.group)
+        if words[0] is not None:
+            raise OSError(words[0])
+
+    def tell_all(self, what: Any) -> list[Any]:
+        """What every rank has to say."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, what, group=self.group)
+        return everyone
+
+    def tell_first(self, what: Any) -> list[Any]:
+        """What every rank has to say, on the first; nothing elsewhere."""
+        everyone: list[Any] | None = [None] * dist.get_world_size() if self.rank == 0 else None
+        dist.gather_object(what, everyone, 0, group=self.group)
+        return everyone or []
+
+
+def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
+    """Makes a checkpoint of what all ranks hold in host memory; a collective of theirs.
+
+    Returns: seconds of its parts: `begin`, `file`, and `finish`, which on a rank that is done early is a wait for the others.
+
+    Raises:
+        OSError: it could not be made, on any rank, and what there was of it is removed.
+    """
+    times = [time.perf_counter()]
+    sizes = ranks.tell_all(sum(piece.tensor.nbytes for piece in held.pieces))
+    ranks.first_does(lambda: target.begin(sum(sizes)))
+    times.append(time.perf_counter())
+    try:
+        mine: list[Record] | str = write_file(target.partial / store.WEIGHTS, ranks.rank, held)
+    except OSError as error:
+        mine = str(error)
+    times.append(time.perf_counter())
+    everyone = ranks.tell_first(mine)
+
+    def finish() -> None:
+        try:
+            if reasons := dict.fromkeys(each for each in everyone if isinstance(each, str)):
+                raise OSError(", ".join(reasons))
+            target.finish([record for records in everyone for record in records], held.common)
+        except (OSError, ValueError):
+            store.give_up(target.partial)
+            raise
+
+    ranks.first_does(finish)
+    times.append(time.perf_counter())
+    return {name: end - start for name, (start, end) in zip(("begin", "file", "finish"), pairwise(times))}
 
 
 class BackgroundWrite:
-    """One rank's part of a save: copied to host memory when this is made, then written by a thread.
+    """One rank's part of a save that is under way.
 
     Args:
-        request: what `dist_checkpointing.save(..., async_sharded_save=True)` returned.
+        held: over host memory that nobody changes until this has ended.
+        is_copied: waits until the numbers are there.
     """
 
-    def __init__(self, request: AsyncRequest) -> None:
-        self._request = request
-        self._thread: threading.Thread | None = None
-        if request.async_fn is not None:  # this rank has tensors to write
-            transforms, _ = request.async_fn.args
-            _, live, results = request.async_fn_args
-            buckets = request.preload_fn()
-            for staged, bucket in zip(buckets, live, strict=True):
-                _detach(staged[-1][1], bucket[-1][1])
-            self._thread = threading.Thread(target=_write, args=(transforms, buckets, results), name="checkpoint", daemon=True)
-            self._thread.start()
+    def __init__(self, target: Target, held: Holdings, ranks: Ranks, is_copied: Callable[[], None]) -> None:
+        self.target = target
+        self.seconds: dict[str, float] = {}
+        self._work: Callable[[], dict[str, float]] | None = lambda: is_copied() or write(target, held, ranks)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            self.seconds = self._work()
+        except Exception as error:
+            self._error = error
+        self._work = None  # it holds on to the snapshot
 
     def is_written(self) -> bool:
-        """Whether every rank has written its files, or failed to; a collective."""
-        word = torch.tensor([int(self._thread is None or not self._thread.is_alive())])
+        """Whether every rank has ended; a collective of the main threads."""
+        word = torch.tensor([int(not self._thread.is_alive())])
         dist.all_reduce(word, op=dist.ReduceOp.MIN)
         return bool(word)
 
-    def finish(self) -> None:
-        """Waits for this rank's files and writes what makes them a checkpoint; a collective.
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for this rank's part to end, `timeout` seconds at most."""
+        self._thread.join(timeout)
+
+    def result(self) -> Path:
+        """The whole checkpoint, after `join`.
 
         Raises:
-            CheckpointException: a rank could not write.
+            OSError: it could not be written, on any rank. What was saved before is still there.
         """
-        if self._thread is not None:
-            self._thread.join()
-        dist.barrier()
-        for each in self._request.finalize_fns:
-            each()
-
-
-def _detach(staged: list[tuple[Any, torch.Tensor]], live: list[tuple[Any, torch.Tensor]]) -> None:
-    """Makes staged tensors that are the live ones into copies, and lets the live ones go; in place, one at a time."""
-    for place, (item, tensor) in enumerate(staged):
-        if tensor is live[place][1]:
-            staged[place] = (item, tensor.clone())
-        live[place] = staged[place]
-
-
-def _write(transforms: list[Any], buckets: list[tuple], results: queue.Queue) -> None:
-    """Writes all buckets with Megatron's own function, and leaves what came of it where its `finish` looks."""
-    counter = _Counter()
-    for number, bucket in enumerate(buckets):
-        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, counter, counter, use_fsync=True)
-    failed = [result for _, result in counter.results if isinstance(result, Exception)]
-    results.put(failed[0] if failed else dict(counter.results))
-
-
-class _Counter:
-    """Stands for the two queues that Megatron's writer reports through when it is a process."""
-
-    def __init__(self) -> None:
-        self.results: list[tuple[int, Any]] = []
-
-    def put(self, result: tuple[int, Any]) -> None:
-        self.results.append(result)
-
-    def get(self) -> None:
-        pass
-
-    def task_done(self) -> None:
-        pass
+        if self._error is not None:
+            reason = f"{self.target.partial} could not be written: {self._error}; earlier checkpoints are still there"
+            raise OSError(reason) from self._error
+        return self.target.partial.with_suffix("")

@@ -8,56 +8,56 @@ resumed run, unless `rollout.deterministic` gives each completion its seed: they
 from __future__ import annotations
 
 import copy
-import queue
-from dataclasses import dataclass
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_spice.checkpoint import store
-from megatron_spice.checkpoint.background import BackgroundWrite
-from megatron_spice.checkpoint.hf_files import copy_small_files
+from megatron_spice.checkpoint.background import BackgroundWrite, Ranks, Target
+from megatron_spice.checkpoint.distcp import write_file, write_index
+from megatron_spice.checkpoint.pieces import Holdings
+from megatron_spice.checkpoint.snapshot import Snapshot
 from megatron_spice.config.schema import CheckpointConfig
+
+WRITE_TIMEOUT = timedelta(hours=1)
+"""How long ranks wait for one that is still writing: a shared file system has bad days, and nobody is kept from working."""
+
+CLOSE_TIMEOUT = 60.0  # seconds that a run which ends by an error gives its last save
 
 
 class Trainable(Protocol):
     """What is saved and loaded; `policy.Policy` is one."""
 
+    def holdings(self, with_optimizer: bool) -> Holdings: ...
+
     def model_state(self) -> dict[str, Any]: ...
 
-    def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]: ...
+    def optimizer_state(self, model_state: dict[str, Any]) -> dict[str, Any]: ...
 
     def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A save that is under way."""
-
-    write: BackgroundWrite
-    partial: Path
-    state: dict[str, Any]
-
-
 class Checkpointer:
-    """The checkpoints of one run. All ranks call every method together."""
+    """The checkpoints of one run. All ranks call every method together, and make it together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, hf_files: Path, is_writer: bool) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, hf_files: Path) -> None:
         """
         Args:
             hf_files: folder with the model's config and tokenizer files, copied into every checkpoint.
-            is_writer: this rank does the renaming and removing.
         """
         self.folder = store.folder_of(run_dir)
         self.config = config
         self.hf_files = hf_files
-        self.is_writer = is_writer
-        self._pending: _Pending | None = None
+        self.seconds: dict[str, float] = {}  # of the last save's parts: `snapshot`, and those of `background.write`
+        self.num_bytes = 0  # that this rank writes of tensors
+        self._snapshot = Snapshot()
+        self._ranks = Ranks(dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
+        self._pending: BackgroundWrite | None = None
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint to resume from, None for a fresh start (or with checkpoint.resume=never)."""
@@ -74,34 +74,27 @@ class Checkpointer:
         """Copies policy and run state (`state["iteration"]` names the folder) and begins to write them; the policy may change
         from here on. One save at a time: none may be under way."""
         assert self._pending is None, "a save is under way"
-        iteration = state["iteration"]
-        partial = self.folder / f"{store.name_of(iteration)}.partial"
-        if self.is_writer:
-            store.begin(self.folder, iteration)
-            copy_small_files(self.hf_files, partial / store.HF)
-        dist.barrier()
-        request = dist_checkpointing.save(_tensors(policy, True), str(partial / store.WEIGHTS), async_sharded_save=True)
-        self._pending = _Pending(BackgroundWrite(request), partial, copy.deepcopy(state))
+        began = time.perf_counter()
+        held = policy.holdings(with_optimizer=True)
+        pieces, is_copied = self._snapshot.take(held.pieces)
+        target = Target(self.folder, copy.deepcopy(state), self.config.keep, self.hf_files)
+        self._pending = BackgroundWrite(target, Holdings(pieces, held.objects, held.common), self._ranks, is_copied)
+        self.seconds["snapshot"] = time.perf_counter() - began
+        self.num_bytes = sum(piece.tensor.nbytes for piece in pieces)
 
     def finish(self, wait: bool) -> Path | None:
-        """The checkpoint that was begun, once all of it is on disk, and then it is there whole; None while it is not (with
-        `wait` never), or when none was begun.
+        """The checkpoint that was begun, once it is there whole; None while it is not (with `wait` never), or when none was
+        begun.
 
         Raises:
             OSError: it could not be written, on any rank. What was saved before is still there.
         """
-        if self._pending is None or not (wait or self._pending.write.is_written()):
+        if self._pending is None or not (wait or self._pending.is_written()):
             return None
         pending, self._pending = self._pending, None
-        try:
-            pending.write.finish()
-        except CheckpointException as error:
-            reasons = ", ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values())) or "another rank says why"
-            raise OSError(f"{pending.partial} could not be written: {reasons}; earlier checkpoints are still there") from error
-        if self.is_writer:
-            store.finish(pending.partial, pending.state, self.config.keep)
-        dist.barrier()
-        return pending.partial.with_suffix("")
+        pending.join()
+        self.seconds |= pending.seconds
+        return pending.result()
 
     def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
         """`begin` and `finish` at once."""
@@ -110,29 +103,20 @@ class Checkpointer:
         assert saved is not None
         return saved
 
+    def close(self) -> None:
+        """Lets a save that is under way come to its end, for a while. A run that ends as it should has nothing left here."""
+        if self._pending is not None:
+            self._pending.join(CLOSE_TIMEOUT)
+
 
 def save_tensors(policy: Trainable, folder: Path, with_optimizer: bool) -> None:
     """Writes the weights, and the optimiser if wanted, into an existing empty folder."""
-    dist_checkpointing.save(_tensors(policy, with_optimizer), str(folder))
-
-
-def _tensors(policy: Trainable, with_optimizer: bool) -> dict[str, Any]:
-    model_state = policy.model_state()
-    state = {"model": model_state}
-    if with_optimizer:
-        state["optimizer"] = policy.optimizer_state(model_state)
-    _keep_results_here()
-    return state
-
-
-def _keep_results_here() -> None:
-    """Gives Megatron's writer an ordinary queue for its results.
-
-    It would start a process for that queue, of use only when the save itself runs in another process, and nothing ends
-    that process when its rank is killed.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+    held = policy.holdings(with_optimizer)
+    ranks = Ranks(None)
+    pieces, is_copied = Snapshot().take(held.pieces)
+    is_copied()
+    everyone = ranks.tell_first(write_file(folder, ranks.rank, Holdings(pieces, held.objects, held.common)))
+    ranks.first_does(lambda: write_index(folder, [record for records in everyone for record in records], held.common))
 
 
 def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> None:
@@ -144,7 +128,7 @@ def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> N
     model_state = policy.model_state()
     state = {"model": model_state}
     if with_optimizer:
-        state["optimizer"] = policy.optimizer_state(model_state, is_loading=True)
+        state["optimizer"] = policy.optimizer_state(model_state)
     # What Transformer Engine keeps beside its weights is not in a checkpoint of Megatron's own layers: it starts anew.
     beside = [(chunk, name) for chunk, part in model_state.items() for name in part if "_extra_state" in name]
     loaded, _, absent = dist_checkpointing.load(

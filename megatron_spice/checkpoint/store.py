@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"iteration_(\d{7})")
+GIB = 2**30
 STATE = "run_state.json"
 WEIGHTS = "weights"
 HF = "hf"
@@ -51,14 +52,35 @@ def newest_iteration(run_dir: Path) -> int:
     return iteration_of(whole[-1]) if whole else 0
 
 
-def begin(folder: Path, iteration: int) -> Path:
-    """An empty `.partial` folder to save into; leftovers of interrupted saves are removed."""
+def begin(folder: Path, iteration: int, num_bytes: int = 0) -> Path:
+    """An empty `.partial` folder to save `num_bytes` into; leftovers of interrupted saves are removed.
+
+    Raises:
+        OSError: there is no room for it, or no folder can be made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("iteration_*.partial"):
         shutil.rmtree(leftover)
+    check_room(folder, num_bytes)
     partial = folder / f"{name_of(iteration)}.partial"
     (partial / WEIGHTS).mkdir(parents=True)
     return partial
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError if the file system of an existing folder has not `num_bytes` free."""
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < num_bytes:
+        raise OSError(
+            f"{num_bytes / GIB:.2f} GiB are needed and the file system of {folder} has {free / GIB:.2f} GiB free; "
+            f"make room for {(num_bytes - free) / GIB:.2f} GiB more there, or move run.dir to where there is"
+        )
+
+
+def give_up(partial: Path) -> None:
+    """Removes what there is of a save that failed: on a full file system it is in the way of everything else."""
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:

@@ -11,7 +11,12 @@ before 2.38 then finds no freed block large enough for the next one of the same 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=-1:glibc.malloc.top_pad=67108864:glibc.malloc.tcache_count=0"
 """For the environment variable GLIBC_TUNABLES, which glibc reads as a process starts; other C libraries do not."""
@@ -21,6 +26,20 @@ def give_back_freed_memory() -> None:
     """Hands all whole free pages back to the kernel; does nothing where the C library cannot."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)
+
+
+def host_memory(num_bytes: int, pinned: bool) -> torch.Tensor:
+    """uint8 [num_bytes], contents undefined; `pinned`: page-locked, for copies that the device makes by itself."""
+    import torch
+
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    if pinned:
+        # Tensor.pin_memory() would round up to a power of two: up to twice the memory for tens of GiB.
+        from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+        pin_memory(memory.data_ptr(), num_bytes)
+        weakref.finalize(memory, unpin_memory, memory.data_ptr()).atexit = False
+    return memory
 
 
 @cache

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_spice.checkpoint.distcp import save
 from megatron_spice.config.layout import ParallelLayout
-from megatron_spice.convert.disk import save
 from megatron_spice.convert.find import TRACKER
 from megatron_spice.convert.mp_rank_layout import (
     FILE,

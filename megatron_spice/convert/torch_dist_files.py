@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-METADATA = ".metadata"
+from megatron_spice.checkpoint.distcp import METADATA
+
+__all__ = ["METADATA", "read_metadata", "saved_tensor"]
 
 
 def saved_tensor(file: mmap.mmap, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:

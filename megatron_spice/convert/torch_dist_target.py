@@ -10,36 +10,22 @@ at it, and it would take more time than everything else.
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_spice.checkpoint import store
+from megatron_spice.checkpoint.distcp import Record, alone, save, write_index
 from megatron_spice.checkpoint.hf_files import copy_small_files, set_dtype
 from megatron_spice.config.hf import ModelArchitecture
-from megatron_spice.convert.disk import save
 from megatron_spice.convert.source import Source
-from megatron_spice.convert.target import Advance, Part, Written, make_parts, raw_bytes
+from megatron_spice.convert.target import Advance, Part, Written, make_parts
 from megatron_spice.convert.torch_dist import spot
-from megatron_spice.convert.torch_dist_files import METADATA
 from megatron_spice.weights.names import Entry, rank_shape, split_for_rank
 
-FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 LINEARS = ("qkv", "row", "gated")
 
 
@@ -81,7 +67,7 @@ class TorchDistTarget:
             for entry in part.entries:
                 for key, offsets, tensor in chunks(entry, list(source.read(entry).values()), self.architecture):
                     start = file.tell()
-                    save(_alone(tensor), file)
+                    save(alone(tensor.contiguous().reshape(-1), tensor.shape), file)
                     record.append([key, offsets, list(tensor.shape), start, file.tell() - start])
                     advance(tensor.nbytes)
                 for key in extra_states(entry, self.architecture):
@@ -92,30 +78,18 @@ class TorchDistTarget:
             return Written(record, [os.dup(file.fileno())])
 
     def finish(self, folder: Path, records: Sequence[Any]) -> None:
-        weights = folder / store.WEIGHTS
-        metadata = self._metadata(records)
-        with open(weights / METADATA, "wb") as file:
-            pickle.dump(metadata, file)
-        torch.save({}, weights / "common.pt")
-        (weights / "metadata.json").write_text(json.dumps(FORMAT))
+        write_index(folder / store.WEIGHTS, self._records(records), {})
         copy_small_files(self.source.hf, folder / store.HF)
         set_dtype(folder / store.HF, str(self.source.dtype(self.source.entries[0])).removeprefix("torch."))
 
-    def _metadata(self, records: Sequence[Any]) -> Metadata:
-        tensors: dict[str, Any] = {}
-        stored: dict[MetadataIndex, _StorageInfo] = {}
+    def _records(self, records: Sequence[Any]) -> Iterator[Record]:
         for number, record in enumerate(records):
             for key, offsets, sizes, start, length in record:
-                offset = None if offsets is None else torch.Size(offsets)
-                stored[MetadataIndex(key, offset)] = _StorageInfo(_file(number), start, length)
-                if offset is None:
-                    tensors[key] = BytesStorageMetadata()
-                    continue
-                if key not in tensors:
-                    properties = TensorProperties(dtype=self._dtypes[key])
-                    tensors[key] = TensorStorageMetadata(properties, torch.Size(self._sizes[key]), [])
-                tensors[key].chunks.append(ChunkStorageMetadata(offset, torch.Size(sizes)))
-        return Metadata(tensors, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+                place = (_file(number), start, length)
+                if offsets is None:
+                    yield Record(key, None, (), None, (), *place)
+                else:
+                    yield Record(key, self._dtypes[key], self._sizes[key], tuple(offsets), tuple(sizes), *place)
 
 
 def chunks(
@@ -142,8 +116,3 @@ def extra_states(entry: Entry, architecture: ModelArchitecture) -> list[str]:
 
 def _file(number: int) -> str:
     return f"__{number}_0.distcp"
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers over a storage that has no others: `torch.save` writes whole storages."""
-    return torch.frombuffer(raw_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)

@@ -130,10 +130,11 @@ def _policy(
         copies = round(2 * SCALE * sum(count for layer, count in held.linear.items() if layer in inside))
         parts.append(Part("FP8 copies of weights", copies, at_rest * copies, at_rest * copies))  # by rows and by columns
     reference = 0 if policy.kl_coefficient is None else weights
-    saved = weights // layout.data + state  # one of those that hold the same weights writes them
+    # Of what several ranks hold each saves its part. In float32 a weight is its own master.
+    saved = held.stepped * (12 if policy.precision == "fp32" else 14)
     if not cuda:
-        parts.append(Part("a checkpoint being written", 0, saved, saved))
-        return [*parts, _always("reference weights", reference), _always("ranks' processes", POLICY_CONTEXT["cpu"])], {}
+        beside = (_always("a checkpoint being written", saved), _always("reference weights", reference))
+        return [*parts, *beside, _always("ranks' processes", POLICY_CONTEXT["cpu"])], {}
     host = {
         "copies of what sleeps": weights + state - away if sleeps else 0,
         "a checkpoint being written": saved,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.engine_weights import fp8_layers
 from megatron_spice.config.hf import ModelArchitecture
@@ -26,6 +27,7 @@ from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
 from megatron_spice.game.records import Trajectory
 from megatron_spice.policy import fused, parallel, precision
+from megatron_spice.policy.holdings import holdings
 from megatron_spice.policy.loss import LossSettings, row_loss
 from megatron_spice.policy.memory import Sleeper
 from megatron_spice.policy.metrics import StepMetrics, UpdateMetrics
@@ -154,13 +156,18 @@ class Policy:
         """From now on updates are compared with the weights as they are at this moment (`policy.kl_coefficient`)."""
         self.reference = Reference(self.sleeper.weight_buffers())
 
+    def holdings(self, with_optimizer: bool) -> Holdings:
+        """What this rank saves of the weights, and of the optimiser if wanted, over the memory that they are in."""
+        assert self.sleeper.awake, "holdings() of a sleeping policy"
+        return holdings(self.model_state(), self.optimizer, with_optimizer)
+
     def model_state(self) -> dict[str, Any]:
-        """Megatron's sharded description of the weights, for saving and for loading."""
+        """Megatron's sharded description of the weights."""
         return {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(self.chunks)}
 
-    def optimizer_state(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
-        """Megatron's sharded description of the optimiser."""
-        return self.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    def optimizer_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Megatron's sharded description of the optimiser, to load into."""
+        return self.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=SHARDING)
 
     def load_state(self, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None) -> None:
         """Takes over what a checkpoint gave back for the two descriptions above."""

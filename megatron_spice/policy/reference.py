@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_spice.policy.shelf import host_memory
+from megatron_spice.cluster.host_memory import host_memory
 
 PART = 2**26
 """Bytes exchanged at a time; so much more memory the exchange takes on the device."""

@@ -6,10 +6,11 @@ and shards that view one of Megatron's buffers, stay the objects they are, and a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
+
+from megatron_spice.cluster.host_memory import host_memory
 
 
 class Shelf:
@@ -62,15 +63,3 @@ class Shelf:
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def host_memory(num_bytes: int, pinned: bool) -> torch.Tensor:
-    """uint8 [num_bytes], contents undefined; `pinned`: page-locked, for copies that the device makes by itself."""
-    memory = torch.empty(num_bytes, dtype=torch.uint8)
-    if pinned:
-        # Tensor.pin_memory() would round up to a power of two: up to twice the memory for tens of GiB.
-        from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
-
-        pin_memory(memory.data_ptr(), num_bytes)
-        weakref.finalize(memory, unpin_memory, memory.data_ptr()).atexit = False
-    return memory

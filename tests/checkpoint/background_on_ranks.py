@@ -63,4 +63,4 @@ def _policy(model: Path, run_dir: Path, layout: dict[str, Any]) -> Iterator[tupl
         config = Config.model_validate({"run": {"dir": run_dir}, "corpus": {"path": "/"}, "policy": settings, "game": game})
         policy = Policy(config, read_architecture(model), here)
         policy.load_hf(model)
-        yield policy, Checkpointer(run_dir, CheckpointConfig(), model, here.is_first)
+        yield policy, Checkpointer(run_dir, CheckpointConfig(), model)

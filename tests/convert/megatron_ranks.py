@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def take_over(jobs: list[dict[str, Any]]) -> list[list[str]]:
 
 def _one(job: dict[str, Any]) -> list[str]:
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_spice.checkpoint.checkpointer import _keep_results_here
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.layout import ParallelLayout
     from megatron_spice.convert.mp_rank_layout import FILE, Seat, chunk_keys, folder_name
@@ -62,7 +63,8 @@ def _one(job: dict[str, Any]) -> list[str]:
     if "dist" in job:
         Path(job["dist"]).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        _keep_results_here()
+        # Megatron's writer would start a process for its results, of use only when the save itself runs in another one.
+        filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
         told = {key: True for key in job.get("metadata", ())}
         dist_checkpointing.save({"model": [chunk.sharded_state_dict(metadata=dict(told)) for chunk in chunks]}, job["dist"])
     parallel_state.destroy_model_parallel()
