@@ -22,6 +22,7 @@ from megatron_spice.report.words import duration, number, plural, points, reward
 from megatron_spice.telemetry import progress
 
 UNKNOWN = "Cannot be told from this run"
+FEWEST_TASKS = 8  # below which nothing is said of the commonest answer
 AGREEMENT = 0.25  # share of the commonest gold answer from which on both roles may have agreed on it
 
 
@@ -36,8 +37,8 @@ class Answer:
     details: Sequence[str] = ()
 
 
-def challenger(group: Group) -> Answer:
-    """Is the Challenger getting better? By its reward; then what that is made of."""
+def challenger(group: Group, early: Window | None = None, late: Window | None = None) -> Answer:
+    """Is the Challenger getting better? By its reward; then what that is made of, and whether one answer has taken over."""
     found = _change(group, progress.CHALLENGER_REWARD)
     details = [
         _sentence(group, progress.VALID, "Valid attempts"),
@@ -45,16 +46,19 @@ def challenger(group: Group) -> Answer:
         _sentence(group, "challenger/reward_of_valid", "The reward of valid tasks alone", reward),
         _sentence(group, progress.GROUNDED, "Valid tasks whose answer stands in the passage"),
     ]
-    details = [*filter(None, details), *_since_then(group)]
+    takes_over = _takes_over(early, late)
+    details = [*filter(None, details), *_since_then(group), *(_agreement(early, late) if takes_over else [])]
     if any(run.recipe.get("game.fixed_challenger") is True for run in group.runs):
         return Answer(group.label, "It is not trained", "plain", "The recipe keeps the Challenger as it was (game.fixed_challenger).", details)
     if found is None:
         return Answer(group.label, UNKNOWN, "open", _too_short(group, progress.CHALLENGER_REWARD), details)
-    verdict, tone = {1: ("Yes", "good"), -1: ("No, it got worse", "bad"), 0: (UNKNOWN, "open")}[found.direction]
+    verdict, tone = {1: ("Yes, it earns more", "good"), -1: ("No, it earns less", "bad"), 0: (UNKNOWN, "open")}[found.direction]
+    if found.direction == 1 and takes_over:
+        verdict, tone = "It earns more, but one answer has taken over", "open"
     return Answer(group.label, verdict, tone, f"Its mean reward {told(found)}, {_compared(found)}.", details)
 
 
-def reasoner(group: Group, late: Window | None, early: Window | None) -> Answer:
+def reasoner(group: Group, early: Window | None, late: Window | None) -> Answer:
     """Is the Reasoner getting better? By an evaluation on fixed questions, if there is one; the pass rate does not say."""
     found = _change(group, progress.PASS_RATE)
     rate = f"On the Challenger's tasks the pass rate {told(found, share, points)}, {_compared(found)}." if found else ""
@@ -99,22 +103,24 @@ def evaluation_changes(scores: Sequence[Score]) -> dict[str, Change]:
     return found
 
 
-def questions(label: str, file: EpisodeFile | None) -> Answer:
-    """What do its questions look like?"""
+def questions(group: Group, file: EpisodeFile | None) -> Answer:
+    """What do its questions look like? From the episodes of the group's first run."""
     if file is None or not file.late.tasks:
         why = "No episodes were kept (telemetry.episodes)." if file is None else "The last iterations have no valid task."
-        return Answer(label, UNKNOWN, "open", why)
+        return Answer(group.label, UNKNOWN, "open", why)
     late, early = file.late, file.early
     kinds = ", ".join(f"{kind} {share(count / late.tasks)}" for kind, count in late.kinds.most_common())
     opening, opened = late.openings.most_common(1)[0]
+    run = f"{group.runs[0].name}, iterations" if len(group.runs) > 1 else "In iterations"
     headline = (
-        f"In iterations {late.numbers[0]} to {late.numbers[-1]}: {plural(late.tasks, 'valid task')}, {number(late.words / late.tasks)} words a "
+        f"{run} {late.numbers[0]} to {late.numbers[-1]}: {plural(late.tasks, 'valid task')}, {number(late.words / late.tasks)} words a "
         f"question, of kind {kinds}. \u201c{one_line(opening, 40)} \u2026\u201d begins {share(opened / late.tasks)} of them."
     )
-    details = [f"{share(len(late.distinct) / late.tasks)} of the questions are distinct" + _before(early, lambda w: len(w.distinct)) + "."]
+    details = [f"{share(len(late.distinct) / late.tasks)} of the questions are distinct" + _before(early, lambda window: len(window.distinct))]
     if late.grounding_known:
-        details.append(f"{share(late.grounded / late.grounding_known)} have an answer that stands in the passage" + _before(early, lambda w: w.grounded) + ".")
-    return Answer(label, _character(late), "plain", headline, [*details, *_agreement(early, late)])
+        grounded = f"{share(late.grounded / late.grounding_known)} have an answer that stands in the passage"
+        details.append(grounded + _before(early, lambda window: window.grounded))
+    return Answer(group.label, _character(late), "plain", headline, [*details, *_agreement(early, late)])
 
 
 def _character(window: Window) -> str:
@@ -126,20 +132,32 @@ def _character(window: Window) -> str:
 
 
 def _before(early: Window, count) -> str:
-    return f" ({share(count(early) / early.tasks)} in iterations {early.numbers[0]} to {early.numbers[-1]})" if early.tasks and early.numbers else ""
+    """The rest of a sentence: how it was in the first iterations."""
+    if not early.tasks:
+        return "."
+    return f" ({share(count(early) / early.tasks)} in iterations {early.numbers[0]} to {early.numbers[-1]})."
+
+
+def _takes_over(early: Window | None, late: Window | None) -> bool:
+    """Whether the commonest gold answer has become that of many tasks."""
+    if late is None or late.tasks < FEWEST_TASKS:
+        return False
+    gold, count = late.golds.most_common(1)[0]
+    return count / late.tasks >= max(AGREEMENT, 2 * _part_before(early, gold))
+
+
+def _part_before(early: Window | None, gold: str) -> float:
+    return early.golds[gold] / early.tasks if early is not None and early.tasks else 0.0
 
 
 def _agreement(early: Window | None, late: Window | None) -> list[str]:
-    """A warning where one gold answer takes over."""
-    if late is None or late.tasks < 8:
+    """How common the commonest gold answer is; a warning where it takes over."""
+    if late is None or late.tasks < FEWEST_TASKS:
         return []
     gold, count = late.golds.most_common(1)[0]
-    part = count / late.tasks
-    before = early.golds[gold] / early.tasks if early and early.tasks else 0.0
-    said = f"The commonest gold answer, \u201c{one_line(gold, 40)}\u201d, is that of {share(part)} of the last tasks ({share(before)} of the first)"
-    if part >= AGREEMENT and part >= 2 * before:
-        return [said + ": both roles may have agreed on an answer instead of learning."]
-    return [said + "."]
+    said = f"The commonest gold answer, \u201c{one_line(gold, 40)}\u201d, is that of {share(count / late.tasks)} of the last tasks"
+    said += f" ({share(_part_before(early, gold))} of the first)" if early is not None and early.tasks else ""
+    return [said + (": both roles may have agreed on an answer instead of learning." if _takes_over(early, late) else ".")]
 
 
 def where_time_goes(group: Group) -> Answer:

@@ -19,6 +19,10 @@ from megatron_spice.telemetry import progress
 
 INVALID = "challenger/invalid/"
 PASSED = re.compile(r"reasoner/passed/(\d+)_of_(\d+)")
+HISTOGRAM = (
+    "A column is an iteration's tasks, by how many of their answers were right: the darker, the more tasks. At the very bottom and "
+    "top nobody learns."
+)
 SHARE = (0.0, None)
 FROM_ZERO = (0.0, None)
 FREE = (None, None)
@@ -51,6 +55,19 @@ CURVES = (
           "Right answers, over all tasks. The tasks change as the Challenger learns."),
     Curve("reasoner", progress.REASONER_REWARD, "Reasoner's reward", "mean reward", SHARE, R,
           "Right answers to the one task of a passage that the Reasoner is trained on."),
+    Curve("audit", "audit/agreement", "Gold answers that the passage bears out", "share of tasks", SHARE, C,
+          "The task was answered again with the passage in view, and the answers agree."),
+    Curve("audit", "audit/pass_minus_agreement", "Passed more often than borne out", "difference", FREE, C,
+          "Far above zero both roles agree on what the passage does not say."),
+    Curve("audit", "audit/duplicates", "Asked before, word for word", "share of tasks", SHARE, C),
+    Curve("audit", "audit/near_duplicates", "Asked before, nearly", "share of tasks", SHARE, C),
+    Curve("audit", "audit/constant_gold", "Met by one answer to all", "share of tasks", SHARE, C),
+    Curve("audit", "audit/form_gold", "Met by the usual answer to such a question", "share of tasks", SHARE, C),
+    Curve("audit", "audit/gives_away", "Questions that give the answer away", "share of tasks", SHARE, C),
+    Curve("audit", "audit/copied", "Questions copied from the passage", "share of tasks", SHARE, C),
+    Curve("audit", "audit/refers", "Questions that refer to the passage", "share of tasks", SHARE, C),
+    Curve("audit", "audit/letter_most", "The commonest letter", "share of multiple choice", SHARE, C),
+    Curve("audit", "audit/options_only", "Multiple choice met without the question", "share of tasks", SHARE, C),
     Curve("lengths", "challenger/length", "Length of attempts", "tokens", FROM_ZERO, C),
     Curve("lengths", "reasoner/length", "Length of answers", "tokens", FROM_ZERO, R),
     Curve("lengths", "challenger/truncated_share", "Attempts cut at the limit", "share of attempts", SHARE, C),
@@ -188,9 +205,8 @@ def pass_rates(groups: Sequence[Group]) -> list[Figure]:
         table = np.stack([group.mean(f"reasoner/passed/{passed}_of_{most}", iterations) for passed in range(most + 1)])
         more, suffix = (f"-{place + 1}", f", {group.label}") if len(groups) > 1 else ("", "")
         rows = [f"{passed} of {most}" for passed in range(most + 1)]
-        found.append(Heat(f"pass-rates{more}", f"How many answers were right{suffix}", "share of tasks", iterations, rows, table,
-                          "reasoner", "A column is an iteration's tasks, by how many of their answers were right: the darker, the "
-                          "more tasks. At the very bottom and top nobody learns."))  # fmt: skip
+        title = f"How many answers were right{suffix}"
+        found.append(Heat(f"pass-rates{more}", title, "share of tasks", iterations, rows, table, "reasoner", "" if found else HISTOGRAM))
     return found
 
 

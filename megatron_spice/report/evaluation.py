@@ -1,7 +1,10 @@
-"""Results of evaluations, read tolerantly: JSON files in a run's folder `evaluation/`.
+"""Results of evaluations, read tolerantly: JSON files in a run's folder `evaluation/`, or in folders in it.
 
-A file says what was evaluated and, for each task, a score with its interval. Names differ between tools and versions, so
-several are understood; a file without a score is named in a notice and otherwise passed over.
+    tools/evaluate.py RUN_DIR/checkpoints/iteration_0000008 ... --output RUN_DIR/evaluation/iteration_8
+
+A file says what was evaluated and, for each task, a score with its interval. Which iteration it was is read from the names of
+the file and its folder, else from what it says of the checkpoint. Names of fields differ between tools and versions, so several
+are understood; a file without a score is named in a notice and otherwise passed over.
 """
 
 from __future__ import annotations
@@ -46,33 +49,35 @@ def read_scores(folder: Path) -> tuple[list[Score], list[str]]:
     """All scores of the JSON files in a folder, ordered by iteration, and notices about files that have none."""
     scores: list[Score] = []
     notices: list[str] = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        name = path.relative_to(folder).as_posix()
         try:
-            found = list(_scores(json.loads(path.read_text(encoding="utf-8")), path.stem))
+            found = list(_scores(json.loads(path.read_text(encoding="utf-8")), name.removesuffix(".json")))
         except (OSError, ValueError) as error:
-            notices.append(f"evaluation/{path.name} cannot be read: {error}.")
+            notices.append(f"evaluation/{name} cannot be read: {error}.")
             continue
         if not found:
-            notices.append(f"evaluation/{path.name} holds no scores that are understood here.")
+            notices.append(f"evaluation/{name} holds no scores that are understood here.")
         scores += found
     return sorted(scores, key=lambda score: (score.iteration is None, score.iteration or 0)), notices
 
 
-def _scores(content: object, stem: str) -> Iterable[Score]:
+def _scores(content: object, name: str) -> Iterable[Score]:
     if not isinstance(content, dict):
         return
-    label = next((str(content[key]) for key in LABEL_KEYS if isinstance(content.get(key), str)), stem)
+    label = next((str(content[key]) for key in LABEL_KEYS if isinstance(content.get(key), str)), name)
     iteration = _whole(content, ("iteration",))
-    if iteration is None and (written := re.search(r"iteration_?(\d+)", f"{label} {stem}")):
+    written = re.search(r"iteration_?(\d+)", name) or re.search(r"iteration_?(\d+)", label)
+    if iteration is None and written:
         iteration = int(written[1])
     tasks = next((content[key] for key in GROUP_KEYS if isinstance(content.get(key), (dict, list))), None)
     named = tasks.items() if isinstance(tasks, dict) else enumerate(tasks or [])
-    for name, entry in named:
+    for key, entry in named:
         if isinstance(entry, (int, float)) and not isinstance(entry, bool):
             entry = {"score": entry}
         if not isinstance(entry, dict) or (score := _float(entry, SCORE_KEYS)) is None:
             continue
-        task = next((str(entry[key]) for key in NAME_KEYS if isinstance(entry.get(key), str)), str(name))
+        task = next((str(entry[name]) for name in NAME_KEYS if isinstance(entry.get(name), str)), str(key))
         low, high = _bounds(entry)
         yield Score(label, iteration, task, score, low, high, _whole(entry, COUNT_KEYS))
 

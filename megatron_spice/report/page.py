@@ -54,6 +54,7 @@ def figures_by_section(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "questions": [*catalogue.validity(groups), *catalogue.verdicts(groups)],
         "time": [*catalogue.phases(groups), *catalogue.curves("time", groups)],
         "evaluation": catalogue.evaluations(groups),
+        "audit": catalogue.curves("audit", groups),
         "lengths": catalogue.curves("lengths", groups),
         "learning": catalogue.curves("learning", groups),
         "drift": catalogue.curves("drift", groups),
@@ -138,10 +139,11 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _questions(groups: Sequence[Group], files: Sequence[EpisodeFile | None], figures: dict[str, list[Drawing]]) -> list[dict]:
     windows = [(file.early, file.late) if file else (None, None) for file in files]
     asked = (
-        ("challenger", "Is the Challenger getting better?", [answers.challenger(group) for group in groups]),
+        ("challenger", "Is the Challenger getting better?",
+         [answers.challenger(group, early, late) for group, (early, late) in zip(groups, windows)]),
         ("reasoner", "Is the Reasoner getting better?",
-         [answers.reasoner(group, late, early) for group, (early, late) in zip(groups, windows)]),
-        ("questions", "What do its questions look like?", [answers.questions(group.label, file) for group, file in zip(groups, files)]),
+         [answers.reasoner(group, early, late) for group, (early, late) in zip(groups, windows)]),
+        ("questions", "What do its questions look like?", [answers.questions(group, file) for group, file in zip(groups, files)]),
         ("time", "Where does the time go?", [answers.where_time_goes(group) for group in groups]),
     )  # fmt: skip
     return [{"key": key, "title": title, "answers": found, "figures": figures[key]} for key, title, found in asked]
@@ -160,7 +162,7 @@ def _windows(groups: Sequence[Group], files: Sequence[EpisodeFile | None]) -> li
 
 def _sections(figures: dict[str, list[Drawing]]) -> list[Section]:
     titles = {
-        "evaluation": "Evaluation", "lengths": "Lengths", "learning": "Learning", "drift": "Drift", "engines": "Engines and memory",
+        "evaluation": "Evaluation", "audit": "Audit of tasks", "lengths": "Lengths", "learning": "Learning", "drift": "Drift", "engines": "Engines and memory",
     }  # fmt: skip
     return [Section(key, title, figures[key]) for key, title in titles.items() if figures[key]]
 

@@ -13,14 +13,14 @@ def number(value: float) -> str:
     """Three significant digits, no exponent unless it is very small; a true minus sign."""
     if value is None or not math.isfinite(value):
         return "-"
-    size = abs(value)
+    size = abs(value) if abs(value) > 1e-9 else 0.0  # rounding
     if size >= 1000:
         text = f"{value:,.0f}"
-    elif size and size < 0.0005:
+    elif 0 < size < 0.0005:
         text = f"{value:.1e}"
     else:
-        digits = 0 if size >= 100 or value == int(value) else 1 if size >= 10 else 2 if size >= 1 else 3
-        text = f"{value:.{digits}f}"
+        digits = 0 if size >= 100 or size == int(size) else 1 if size >= 10 else 2 if size >= 1 else 3
+        text = f"{value if size else 0.0:.{digits}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", MINUS) if text not in ("-0", "0") else "0"
 

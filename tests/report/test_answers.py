@@ -26,7 +26,7 @@ def noisy(begin: float, end: float, count: int, scatter: float = 0.02):
 
 
 @pytest.mark.parametrize(("begin", "end", "verdict"), [
-    (0.1, 0.5, "Yes"), (0.5, 0.1, "No, it got worse"), (0.3, 0.3, answers.UNKNOWN),
+    (0.1, 0.5, "Yes, it earns more"), (0.5, 0.1, "No, it earns less"), (0.3, 0.3, answers.UNKNOWN),
 ])  # fmt: skip
 def test_the_challenger_is_better_when_its_reward_rose_beyond_chance(tmp_path: Path, begin: float, end: float, verdict: str) -> None:
     answer = answers.challenger(group_of(made_run(tmp_path / "run", 30, challenger__reward=noisy(begin, end, 30))))
@@ -75,10 +75,12 @@ def test_an_answer_that_takes_over_is_a_warning(tmp_path: Path) -> None:
     late = [episode(2, f"How many {number}?", "1" if number < 14 else str(number)) for number in range(20)]
     write_lines(tmp_path / "episodes.jsonl", early + late)
     file = scan(tmp_path / "episodes.jsonl", [1], [2])
-    answer = answers.questions("run", file)
+    group = group_of(made_run(tmp_path / "run", 20, challenger__reward=noisy(0.1, 0.5, 20)))
+    assert answers.challenger(group, file.early, file.late).verdict == "It earns more, but one answer has taken over"
+    answer = answers.questions(group, file)
     assert answer.verdict == "Mostly \u201chow many \u2026?\u201d"
     assert "is that of 70\u00a0% of the last tasks (5.0\u00a0% of the first): both roles may have agreed" in answer.details[-1]
-    assert answers.questions("run", None).verdict == answers.UNKNOWN
+    assert answers.questions(group, None).verdict == answers.UNKNOWN
 
 
 def test_where_the_time_goes_adds_up(tmp_path: Path) -> None:
@@ -92,4 +94,4 @@ def test_where_the_time_goes_adds_up(tmp_path: Path) -> None:
 def test_seeds_give_the_interval(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"seed{seed}", 20, {"train": {"seed": seed}}, challenger__reward=noisy(0.1, 0.5 + seed / 50, 20)) for seed in range(3)]
     answer = answers.challenger(group_of(*runs))
-    assert answer.verdict == "Yes" and "mean of 3 seeds" in answer.headline
+    assert answer.verdict == "Yes, it earns more" and "mean of 3 seeds" in answer.headline

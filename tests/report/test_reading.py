@@ -77,14 +77,16 @@ def test_scores_are_read_from_files_of_several_forms(tmp_path: Path) -> None:
         "a.json": {"checkpoint": "runs/x/checkpoints/iteration_0000008", "tasks": {"gsm8k": {"accuracy": 0.5, "interval": [0.4, 0.6], "items": 100}}},
         "iteration_4.json": {"results": [{"task": "math", "score": 31.5, "low": 30, "high": 33}, {"task": "broken", "score": "high"}]},
         "c.json": {"iteration": 0, "scores": {"math": 0.25}},
+        "iteration_0/results.json": {"model": "iteration_0000099", "tasks": [{"task": "aime", "mean": 0.125, "low": 0.1, "high": 0.15, "items": 30, "samples": 32}]},
         "d.json": [1, 2],
     }
+    (tmp_path / "iteration_0").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "e.json").write_text("{")
     scores, notices = read_scores(tmp_path)
     assert scores == [
-        Score("c", 0, "math", 0.25), Score("iteration_4", 4, "math", 31.5, 30.0, 33.0),
+        Score("c", 0, "math", 0.25), Score("iteration_0000099", 0, "aime", 0.125, 0.1, 0.15, 30), Score("iteration_4", 4, "math", 31.5, 30.0, 33.0),
         Score("runs/x/checkpoints/iteration_0000008", 8, "gsm8k", 0.5, 0.4, 0.6, 100),
     ]  # fmt: skip
     assert ["d.json" in notices[0], "e.json" in notices[1], len(notices)] == [True, True, 2]
