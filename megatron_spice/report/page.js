@@ -96,16 +96,18 @@
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text()).map((episode) => unpack(episode, run));
   };
+  // Searched for without regard to case and to how lines are broken.
+  const squeezed = (text) => visible(text ?? "").toLowerCase().replace(/\s+/g, " ");
   const haystack = (episode) => episode.hay ??= [episode.source, episode.passage,
     ...episode.attempts.flatMap((attempt) => [attempt.text, attempt.question, attempt.gold, ...attempt.answers.map((answer) => answer.text)]),
-  ].join("\n").toLowerCase();
+  ].map(squeezed).join("\n");
 
   let episodes = null, matching = [], shown = 0;
   const attemptFits = (attempt, wanted) =>
     (!wanted.valid || (wanted.valid === "valid" ? !attempt.invalid : attempt.invalid === wanted.valid)) &&
     (!wanted.passed || outcome(attempt) === wanted.passed);
   const wantedNow = () => ({
-    text: field("text").value.trim().toLowerCase(), run: field("run")?.value ?? "", from: Number(field("from").value || -Infinity),
+    text: squeezed(field("text").value).trim(), run: field("run")?.value ?? "", from: Number(field("from").value || -Infinity),
     to: Number(field("to").value || Infinity), valid: field("valid").value, passed: field("passed").value,
   });
   const filter = () => {
@@ -210,7 +212,24 @@
     form.addEventListener("submit", (event) => event.preventDefault());
     more.addEventListener("click", showMore);
   };
+  let reading = null;
+  const start = () => (reading ??= begin());
   new IntersectionObserver((entries, observer) => {
-    if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); begin(); }
+    if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); start(); }
   }, { rootMargin: "400px" }).observe(section);
+
+  // From a task that was drawn by chance to its episode.
+  for (const link of document.querySelectorAll("a.find")) {
+    link.hidden = false;
+    link.addEventListener("click", async () => {
+      await start();
+      if (!episodes) return;
+      form.reset();
+      field("text").value = link.dataset.text;
+      field("from").value = field("to").value = link.dataset.iteration;
+      filter();
+      const first = list.querySelector("details");
+      if (first) { first.open = true; first.querySelector("summary").focus({ preventScroll: true }); }
+    });
+  }
 })();

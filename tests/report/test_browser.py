@@ -40,7 +40,7 @@ def read_episodes(browser: Browser) -> None:
 
 def fill(browser: Browser, field: str, value: str, expected: int) -> None:
     """Sets a filter and waits for the number of episodes that fit."""
-    browser.evaluate(f"(() => {{ const f = document.getElementById('f-{field}'); f.value = {json.dumps(value)}; f.dispatchEvent(new Event('input', {{bubbles: true}})); }})()")
+    browser.evaluate(f"(() => {{ const f = document.getElementById('f-{field}'); f.value = {json.dumps(value)}; document.getElementById('found').textContent = ''; f.dispatchEvent(new Event('input', {{bubbles: true}})); }})()")
     browser.wait_for(f"document.getElementById('found').textContent.startsWith('{expected:,} of')")
 
 
@@ -92,7 +92,11 @@ def test_episodes_are_searched_and_filtered(browser: Browser, tmp_path: Path) ->
     (tmp_path / "report.html").write_text(page([read_run(folder)]), encoding="utf-8")
     browser.look(PHONE)
     browser.open(tmp_path / "report.html")
-    read_episodes(browser)
+    browser.evaluate("[...document.querySelectorAll('a.find')].find((one) => one.dataset.text === 'Which river?').click()")
+    browser.wait_for("!!document.querySelector('.episode[open] .attempt')")
+    assert browser.evaluate("document.querySelector('.episode[open] .question-text').textContent") == "Which river?"
+    for field in ("from", "to"):
+        browser.evaluate(f"document.getElementById('f-{field}').value = ''")
     fill(browser, "text", "LIES IN the", 1)
     browser.evaluate("document.querySelector('.episode').open = true")
     browser.wait_for("document.querySelectorAll('.answers li').length === 2")
