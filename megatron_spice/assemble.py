@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,8 @@ class Run:
 
 
 def assemble(
-    config: Config, topology: Topology, store: dist.Store, stack: ExitStack, interruption: Interruption
+    config: Config, topology: Topology, store: dist.Store, stack: ExitStack, interruption: Interruption,
+    make_engine: Callable[..., Engine] = SglangEngine,
 ) -> Run:
     """Builds the four objects, starts the engines and loads the weights. What must be closed is given to `stack`;
     passages that are being played are given up when there is an `interruption`.
@@ -121,7 +123,7 @@ def assemble(
         config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
     )
 
-    pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption)
+    pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption, make_engine)
     stack.callback(pool.close)
     if topology.device == "cpu":
         # Engines come up in processes of their own while this one builds the policy. On an accelerator they would count
@@ -202,7 +204,7 @@ def _make_sampler(config: Config, corpus: Corpus, stack: ExitStack) -> PassageSa
 
 def _make_pool(
     config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, hf_files: Path, done: int,
-    interruption: Interruption,
+    interruption: Interruption, make_engine: Callable[..., Engine],
 ) -> RolloutPool:
     """The pool with this rank's engine, if it hosts one."""
     # Engines sample from a seed of their own; a resumed run must not draw what it drew at its start.
@@ -217,7 +219,7 @@ def _make_pool(
             log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
             fp8 = rollout.weights == "fp8"
             told = quantization_config(config.policy, read_architecture(config.policy.model)) if fp8 else None
-            engines.append(SglangEngine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
+            engines.append(make_engine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,

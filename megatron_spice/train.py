@@ -26,11 +26,16 @@ from megatron_spice.config.schema import Config
 from megatron_spice.game import episodes as game
 from megatron_spice.game.records import Episode, Trajectory
 from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS, EngineError, EnginesLost
+from megatron_spice.telemetry.ranks import spread
 from megatron_spice.weights import sync
 
+PHASES = ("seconds/sync", "seconds/play", "seconds/wake", "seconds/train", "seconds/save")
+"""Those whose spread over the ranks is logged."""
 
-def train(config: Config) -> None:
-    """Runs a recipe to its last iteration, from its newest checkpoint if it has one. Called on every rank."""
+
+def train(config: Config, build: Callable[..., Run] = assemble) -> None:
+    """Runs a recipe to its last iteration, from its newest checkpoint if it has one. Called on every rank; `build` puts the run
+    together as `assemble` does."""
     device = platform.prepare(config.cluster.device)
     topology = from_environment(device)
     done = checkpoints.newest_iteration(config.run.dir) if config.checkpoint.resume == "auto" else 0
@@ -40,7 +45,7 @@ def train(config: Config) -> None:
         return
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
         interruption = Interruption(store)
-        run = assemble(config, topology, store, stack, interruption)
+        run = build(config, topology, store, stack, interruption)
         for iteration in range(run.done + 1, config.train.iterations + 1):
             state = run.state(iteration - 1)
             try:
@@ -72,13 +77,14 @@ def _iterate(run: Run, iteration: int) -> None:
         update = run.policy.update(trajectories)
     seconds = timer.metrics()
     timer.restart()
+    everyone = spread(seconds, PHASES)
     if config.policy.precision == "fp8" and iteration == run.done + 1:
         run.say("\n".join(run.policy.audit_lines()))
     if run.log is not None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
         baselines = run.baselines.metrics() if run.baselines is not None else {}
         engines = {"engines/restarts": run.engine_restarts}
-        metrics = {**game.metrics(episodes), **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds}
+        metrics = {**game.metrics(episodes), **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds, **everyone}
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)

@@ -43,6 +43,8 @@ BESIDE = {
     ("tools", "convert"),
     ("tools", "policy"),
     ("tools", "machine"),  # benchmarks say on what they ran
+    ("tools", "assemble"),  # a benchmark runs the driver with engines of its own
+    ("tools", "train"),
     ("doctor", "machine"),
     ("plan", "machine"),
 }

@@ -12,11 +12,13 @@
     python tools/benchmark.py passages
     python tools/benchmark.py convert --gigabytes 3
     python tools/benchmark.py checkpoint --model assets/smollm2-135m-instruct
+    python tools/benchmark.py scaling --ranks 1,2,4,8,16,32
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
 engines play uneven passages and says how long they had nothing to do; `iteration` times whole iterations of a recipe;
 `preprocess` makes shards of texts; `passages` reads random passages from a corpus; `convert` converts a checkpoint beside a
-plain copy of it; `checkpoint` saves and loads a policy. What each measures and how is told by `benchmark.py SUITE --help`. A suite is a module here with HELP,
+plain copy of it; `checkpoint` saves and loads a policy; `scaling` runs many ranks whose compute is simulated. What each measures
+and how is told by `benchmark.py SUITE --help`. A suite is a module here with HELP,
 `add_arguments`, `jobs`, `run_rank` and `table`; its jobs run one after the other, each in ranks of its own
 (benchmark_ranks.py).
 """
@@ -44,6 +46,7 @@ import passages_benchmark  # noqa: E402
 import policy_suite  # noqa: E402
 import preprocess_benchmark  # noqa: E402
 import rollout_benchmark  # noqa: E402
+import scaling_benchmark  # noqa: E402
 import sync_benchmark  # noqa: E402
 from benchmark_options import positive  # noqa: E402
 
@@ -54,6 +57,7 @@ SUITES: dict[str, Any] = {
     "policy": policy_suite, "sync": sync_benchmark, "rollout": rollout_benchmark, "iteration": iteration_benchmark,
     "preprocess": preprocess_benchmark, "passages": passages_benchmark, "convert": convert_benchmark,
     "checkpoint": checkpoint_benchmark,
+    "scaling": scaling_benchmark,
 }  # fmt: skip
 VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy", "tokenizers", "gigatoken")
 
@@ -87,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = options.name or options.suite
         (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.output / f"{name}.txt").write_text(text + "\n")
+        if results and hasattr(suite, "draw"):
+            suite.draw(results, options.output / f"{name}.png")
     print(f"{report['command']}\n{json.dumps(report['machine'])}\n{text}")
     return 1 if failed else 0
 

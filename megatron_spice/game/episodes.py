@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -51,6 +52,24 @@ def _group(episode: Episode) -> list[Attempt]:
 def trained_answers(episode: Episode) -> list[Answer]:
     """The answers to the one task that the Reasoner is trained on; none if the passage has no task."""
     return [answer for attempt in episode.attempts if attempt.is_reasoner_task for answer in attempt.answers]
+
+
+def trained_part(episode: Episode) -> Episode:
+    """The episode with what training needs of it and no more: trajectories and baselines of it are those of the whole one.
+
+    Every rank gets this of every episode; texts, and completions that only paid somebody, go to whoever logs them.
+    """
+    attempts = [
+        replace(attempt, completion=replace(attempt.completion, text=""), task=None, answers=_without_texts(attempt))
+        for attempt in _group(episode)
+    ]
+    return replace(episode, attempts=tuple(attempts), passage=replace(episode.passage, token_ids=(), text=""))
+
+
+def _without_texts(attempt: Attempt) -> tuple[Answer, ...]:
+    if not attempt.is_reasoner_task:
+        return ()
+    return tuple(replace(answer, completion=replace(answer.completion, text="")) for answer in attempt.answers)
 
 
 def metrics(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -107,15 +107,15 @@ def pack_rows(blocks: Sequence[Block], budget: int) -> list[Row]:
     """First-fit decreasing: the longest block first, each into the first row with room for it."""
     rows: list[list[Block]] = []
     sizes: list[int] = []
-    for block in sorted(blocks, key=lambda block: -block.num_tokens):
+    for block, length in sorted(((block, block.num_tokens) for block in blocks), key=lambda sized: -sized[1]):
         for index, size in enumerate(sizes):
-            if size + block.num_tokens <= budget:
+            if size + length <= budget:
                 rows[index].append(block)
-                sizes[index] += block.num_tokens
+                sizes[index] += length
                 break
         else:
             rows.append([block])
-            sizes.append(block.num_tokens)
+            sizes.append(length)
     return [tuple(row) for row in rows]
 
 
@@ -123,10 +123,10 @@ def deal_rows(rows: Sequence[Row], data_parallel_size: int, cost: Cost = Cost(),
     """One list of rows for each data-parallel rank, equally long, a multiple of `multiple`; `()` is an empty row."""
     dealt: list[list[Row]] = [[] for _ in range(data_parallel_size)]
     loads = [0.0] * data_parallel_size
-    for row in sorted(rows, key=lambda row: row_cost(row, cost), reverse=True):
+    for row, its_cost in sorted(((row, row_cost(row, cost)) for row in rows), key=lambda priced: priced[1], reverse=True):
         rank = min(range(data_parallel_size), key=lambda rank: (loads[rank], rank))
         dealt[rank].append(row)
-        loads[rank] += row_cost(row, cost)
+        loads[rank] += its_cost
     longest = max((len(share) for share in dealt), default=0)
     for share in dealt:
         share.extend([()] * (-(-longest // multiple) * multiple - len(share)))

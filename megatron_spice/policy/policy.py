@@ -34,7 +34,7 @@ from megatron_spice.policy.metrics import StepMetrics, UpdateMetrics
 from megatron_spice.policy.model import build_chunks
 from megatron_spice.policy.model_config import Backend
 from megatron_spice.policy.optimizer import SHARDING, build_optimizer, load_optimizer_state, wrap
-from megatron_spice.policy.packing import Cost, Row, num_tokens, plan_rows, split_steps
+from megatron_spice.policy.packing import Block, Cost, Row, num_tokens, plan_rows, split_steps
 from megatron_spice.policy.reference import Reference
 from megatron_spice.policy.row_mask import forget_rows
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
@@ -293,17 +293,19 @@ class Policy:
         return bool(trajectory.completion_ids) and weight > 0 and (always or trajectory.advantage != 0)
 
     def _plan(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
-        """The rows of one step for every data-parallel rank, each trajectory with its factor 1 / (M L_max) in the loss."""
-        scale = 1.0 / (max(1, len(trajectories)) * self.loss_length)
-        active = [replace(t, weight=t.weight * scale) for t in trajectories if self._counts(t)]
-        return plan_rows(
-            active,
+        """The rows of one step for every data-parallel rank; in this rank's, each trajectory has its factor 1 / (M L_max) in the
+        loss."""
+        plan = plan_rows(
+            [trajectory for trajectory in trajectories if self._counts(trajectory)],
             self.config.tokens_per_microbatch,
             self.layout.data,
             self.config.shared_prefix,
             self.cost,
             self._rows_multiple,
         )
+        scale, mine = 1.0 / (max(1, len(trajectories)) * self.loss_length), self.placement.data_rank
+        plan[mine] = [tuple(_scaled(block, scale) for block in row) for row in plan[mine]]
+        return plan
 
     def _tensors(self, plan: Sequence[Sequence[Row]]) -> list[RowTensors]:
         """This rank's part of its rows of a plan, on the device."""
@@ -373,3 +375,7 @@ class Policy:
     def close(self) -> None:
         """Destroys Megatron's process groups."""
         parallel.shutdown()
+
+
+def _scaled(block: Block, factor: float) -> Block:
+    return replace(block, trajectories=tuple(replace(each, weight=each.weight * factor) for each in block.trajectories))

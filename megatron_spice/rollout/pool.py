@@ -1,4 +1,4 @@
-"""Spreads an iteration's passages over all engines and gives every rank all episodes.
+"""Spreads an iteration's passages over all engines and gives every rank all episodes, the first rank whole ones.
 
 Nobody assigns passages: each engine's host takes the next number from one counter in the store that all ranks share,
 as soon as it has room. A passage that needs many attempts delays only its own host's next claim, so long tails balance
@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from megatron_spice.cluster.interruption import Interrupted
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.carried import Game
+from megatron_spice.game.episodes import trained_part
 from megatron_spice.game.journal import Decode, Recorder
 from megatron_spice.game.records import Episode, Generator, Passage
 from megatron_spice.game.together import GamePutOff
@@ -41,6 +43,9 @@ Play = Callable[[Passage, int, int, Generator], Awaitable[Episode]]
 
 SILENCE = 120.0
 """Seconds without a heartbeat of any engine host after which the others give up; hosts send two a second."""
+
+LOOK = timedelta(seconds=1)
+"""Between two looks for signs of life."""
 
 T = TypeVar("T")
 
@@ -55,10 +60,11 @@ class Helper(Protocol):
 
 @dataclass(frozen=True)
 class Played:
-    """What came of a batch of games, the same on every rank.
+    """What came of a batch of games, the same games on every rank.
 
     `episodes` are those that count, `left` the games that are still to be played, both in the order of the batch;
-    `num_aborted` is how many completions were cut short.
+    `num_aborted` is how many completions were cut short. Only the first rank has all of an episode, the others what training
+    needs (`trained_part`): texts and all that is only logged would cost each rank time that grows with the number of ranks.
     """
 
     episodes: list[Episode]
@@ -73,6 +79,10 @@ class _Share:
     episodes: dict[int, Episode] = field(default_factory=dict)
     put_off: dict[int, Game] = field(default_factory=dict)
     num_aborted: int = 0
+
+    def trained_part(self) -> _Share:
+        """What all ranks need of it."""
+        return replace(self, episodes={place: trained_part(episode) for place, episode in self.episodes.items()})
 
 
 @dataclass
@@ -235,11 +245,11 @@ class RolloutPool:
                 report = _Report(self._topology.rank, error=traceback.format_exc())
         what = f"the episodes of iteration {iteration}"
         self._wait_for_hosts(turn.key, what)
-        reports = self._exchange(what, report)
+        reports = self._exchange(what, replace(report, share=report.share.trained_part()))
         if any(each.interrupted for each in reports):
             raise Interrupted
         self._raise_errors(f"iteration {iteration}", reports)
-        return _merged(turn, [each.share for each in reports])
+        return _merged(turn, self._whole_on_first(turn.share, [each.share for each in reports]))
 
     def close(self) -> None:
         """Ends this rank's engines and helpers; may be called twice and after a failure."""
@@ -318,16 +328,24 @@ class RolloutPool:
         """
         if self._topology.world_size == 1:
             return
-        if self.crew.engines:
-            self._store.add(f"{key}/finished", 1)
+        if self.crew.engines and self._store.add(f"{key}/finished", 1) >= self._store.add("rollout/hosts", 0):
+            self._store.set(f"{key}/over", "")
         beats, heard = -1, time.monotonic()
-        while self._store.add(f"{key}/finished", 0) < self._store.add("rollout/hosts", 0):
+        while not self._comes(f"{key}/over"):
             if (now := self._store.add(f"{key}/beats", 0)) != beats:
                 beats, heard = now, time.monotonic()
             elif time.monotonic() - heard > SILENCE:
                 raise EngineError(f"no engine host gave a sign of life for {SILENCE:.0f} s while waiting for {what}")
             self._is_interrupted()  # the hosts hear of it from this rank if nobody else was told
-            time.sleep(0.05)
+
+    def _comes(self, key: str) -> bool:
+        """Whether the store has a key within a second. The store sends word when it does: thousands of ranks that asked it again
+        and again would be its only work."""
+        try:
+            self._store.wait([key], LOOK)
+        except RuntimeError:  # not yet; a store that is gone is found by the next question
+            return False
+        return True
 
     def _claim(self, turn: _Round) -> int:
         """The place of the next game; one past the batch when the iteration is over. The store answers within its own timeout."""
@@ -379,6 +397,23 @@ class RolloutPool:
             mine = f"; this rank itself failed:\n{report.error}" if report.error else ""
             raise EngineError(f"waited {waited:.0f} s for other ranks ({what}): {error}{mine}") from error
         return reports
+
+    def _whole_on_first(self, mine: _Share, shares: list[_Share]) -> list[_Share]:
+        """All ranks' shares, with whole episodes on the first rank, which logs them: each rank that has some sends its own, and
+        nobody else sends or receives anything."""
+        if self._topology.world_size == 1:
+            return [mine]
+        if not self._topology.is_first:
+            if mine.episodes:
+                dist.send_object_list([mine.episodes], dst=0, group=self._group)
+            return shares
+        whole = [mine, *shares[1:]]
+        for rank, share in enumerate(shares[1:], 1):
+            if share.episodes:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, src=rank, group=self._group)
+                whole[rank] = replace(share, episodes=received[0])
+        return whole
 
     def _raise_errors(self, what: str, reports: Sequence[_Report]) -> None:
         errors = [f"rank {each.rank}:\n{each.error}" for each in reports if each.error is not None]

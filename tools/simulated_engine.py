@@ -1,0 +1,169 @@
+"""Engines whose compute is simulated, for `tools/benchmark.py scaling`: real HTTP servers that wait instead of computing.
+
+Each port speaks the verbs that `EngineClient` uses of an SGLang server. A generation is answered after as long as decoding its
+longest sample takes at `seconds_per_token`; all of a server's requests decode side by side, as in a batch that is not full.
+Lengths have a long tail (log-normal, cut at the request's limit) and are drawn from a hash of the prompt, so a rerun draws the
+same. The ids are random, the text is a short task or answer, as the stop strings tell which role asks. Weights are accepted
+and thrown away after a wait.
+
+One process serves all ports of a benchmark: a single event loop is enough, since it has nothing to compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_spice.rollout.client import EngineClient
+
+TASKS = (" What is it?\nAnswer: Accra", " Which river is it?\nAnswer: Volta", " What does it export?\nAnswer: gold")
+UNREADABLE = " It is not known"
+ANSWERS = (" Accra", " Volta", " gold")
+CHALLENGER_STOP = "\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long simulated work takes (seconds), and how long what is written is (tokens: median by role, spread of the
+    logarithm)."""
+
+    per_token: float
+    prefill: float
+    update: float
+    hand_over: float
+    challenger_tokens: float
+    reasoner_tokens: float
+    spread: float
+    vocabulary: int
+    seed: int
+
+
+def lengths(pace: Pace, prompt_ids: Sequence[int], count: int, limit: int, challenger: bool) -> tuple[list[int], random.Random]:
+    """Tokens of each of a request's samples, and the generator that goes on from there."""
+    rng = random.Random(f"{pace.seed} {hash(tuple(prompt_ids))}")
+    median = pace.challenger_tokens if challenger else pace.reasoner_tokens
+    drawn = [max(1, round(median * math.exp(rng.gauss(0.0, pace.spread)))) for _ in range(count)]
+    return [min(limit, each) for each in drawn], rng
+
+
+def request_seconds(pace: Pace, longest: int) -> float:
+    """How long a request takes whose longest sample has so many tokens."""
+    return pace.prefill + longest * pace.per_token
+
+
+def serve(sockets: Sequence[socket.socket], pace: Pace) -> None:
+    """Serves one engine on each listening socket, until the process ends."""
+    asyncio.run(_serve(sockets, pace))
+
+
+async def _serve(sockets: Sequence[socket.socket], pace: Pace) -> None:
+    from aiohttp import web
+
+    for each in sockets:
+        runner = web.AppRunner(_Server(pace).application(), access_log=None)
+        await runner.setup()
+        await web.SockSite(runner, each, backlog=1024).start()
+    await asyncio.Event().wait()
+
+
+class _Server:
+    """One port."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._version = "default"
+
+    def application(self) -> Any:
+        from aiohttp import web
+
+        app = web.Application(client_max_size=2**30)
+        waits = {
+            "/begin_weight_update": 0.0, "/end_weight_update": 0.0, "/flush_cache": 0.0, "/freeze_gc": 0.0, "/abort_request": 0.0,
+            "/update_weights_from_tensor": self._pace.update, "/release_memory_occupation": self._pace.hand_over,
+            "/resume_memory_occupation": self._pace.hand_over,
+        }  # fmt: skip
+        for path, seconds in waits.items():
+            app.router.add_post(path, self._after(seconds))
+        app.router.add_get("/ready", self._after(0.0))
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_post("/update_weight_version", self._set_version)
+        app.router.add_post("/generate", self._generate)
+        return app
+
+    def _after(self, seconds: float) -> Any:
+        from aiohttp import web
+
+        async def handler(request: Any) -> Any:
+            await request.read()
+            await asyncio.sleep(seconds)
+            return web.json_response({"success": True})
+
+        return handler
+
+    async def _model_info(self, request: Any) -> Any:
+        from aiohttp import web
+
+        return web.json_response({"weight_version": self._version})
+
+    async def _set_version(self, request: Any) -> Any:
+        from aiohttp import web
+
+        self._version = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def _generate(self, request: Any) -> Any:
+        from aiohttp import web
+
+        body = json.loads(await request.read())
+        asked, pace = body["sampling_params"], self._pace
+        limit, challenger = asked["max_new_tokens"], CHALLENGER_STOP in asked["stop"]
+        found, rng = lengths(pace, body["input_ids"], asked["n"], limit, challenger)
+        outputs = [self._output(length, length >= limit, challenger, rng) for length in found]
+        await asyncio.sleep(request_seconds(pace, max(found)))
+        return web.json_response(outputs)
+
+    def _output(self, length: int, is_cut: bool, challenger: bool, rng: random.Random) -> dict[str, Any]:
+        text = rng.choice((*TASKS, UNREADABLE) if challenger else ANSWERS)
+        sampled = [[round(-4.0 * rng.random(), 4), rng.randrange(self._pace.vocabulary), None] for _ in range(length)]
+        finish = {"type": "length"} if is_cut else {"type": "stop"}
+        about = {"output_token_logprobs": sampled, "finish_reason": finish, "weight_version": self._version}
+        return {"text": text, "meta_info": about}
+
+
+class SimulatedEngine(EngineClient):
+    """The engine of one rank: a client of one of the ports. There is no process of its own to start, watch or end."""
+
+    def __init__(self, url: str, request_timeout: float) -> None:
+        super().__init__(url, "", request_timeout=request_timeout)
+
+    @classmethod
+    def maker(cls, urls: Sequence[str]) -> Any:
+        """What makes a run's engines, called as `SglangEngine` is."""
+
+        def make(config: Any, topology: Any, precision: str, model: Path, log_path: Path, quantization: Any = None) -> SimulatedEngine:
+            return cls(urls[topology.rank], config.request_timeout)
+
+        return make
+
+    def launch(self) -> None:
+        """See `Engine.launch`."""
+
+    def wait_ready(self) -> None:  # type: ignore[override]
+        """See `Engine.wait_ready`."""
+        super().wait_ready(60.0)
+
+    def check(self) -> None:
+        """See `Engine.check`."""
+
+    def kill(self) -> None:
+        """See `Engine.kill`."""
+
+    def close(self) -> None:
+        """See `Engine.close`."""
