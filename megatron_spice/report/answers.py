@@ -111,9 +111,9 @@ def questions(group: Group, file: EpisodeFile | None) -> Answer:
     late, early = file.late, file.early
     kinds = ", ".join(f"{kind} {share(count / late.tasks)}" for kind, count in late.kinds.most_common())
     opening, opened = late.openings.most_common(1)[0]
-    run = f"{group.runs[0].name}, iterations" if len(group.runs) > 1 else "In iterations"
+    run = f"{group.runs[0].name}, " if len(group.runs) > 1 else "In "
     headline = (
-        f"{run} {late.numbers[0]} to {late.numbers[-1]}: {plural(late.tasks, 'valid task')}, {number(late.words / late.tasks)} words a "
+        f"{run}{late.span}: {plural(late.tasks, 'valid task')}, {number(late.words / late.tasks)} words a "
         f"question, of kind {kinds}. \u201c{one_line(opening, 40)} \u2026\u201d begins {share(opened / late.tasks)} of them."
     )
     details = [f"{share(len(late.distinct) / late.tasks)} of the questions are distinct" + _before(early, lambda window: len(window.distinct))]
@@ -135,7 +135,7 @@ def _before(early: Window, count) -> str:
     """The rest of a sentence: how it was in the first iterations."""
     if not early.tasks:
         return "."
-    return f" ({share(count(early) / early.tasks)} in iterations {early.numbers[0]} to {early.numbers[-1]})."
+    return f" ({share(count(early) / early.tasks)} in {early.span})."
 
 
 def _takes_over(early: Window | None, late: Window | None) -> bool:
@@ -155,8 +155,8 @@ def _agreement(early: Window | None, late: Window | None) -> list[str]:
     if late is None or late.tasks < FEWEST_TASKS:
         return []
     gold, count = late.golds.most_common(1)[0]
-    said = f"The commonest gold answer, \u201c{one_line(gold, 40)}\u201d, is that of {share(count / late.tasks)} of the last tasks"
-    said += f" ({share(_part_before(early, gold))} of the first)" if early is not None and early.tasks else ""
+    said = f"The commonest gold answer, \u201c{one_line(gold, 40)}\u201d, is that of {share(count / late.tasks)} of the tasks in {late.span}"
+    said += f" ({share(_part_before(early, gold))} in {early.span})" if early is not None and early.tasks else ""
     return [said + (": both roles may have agreed on an answer instead of learning." if _takes_over(early, late) else ".")]
 
 

@@ -21,7 +21,7 @@ class Window:
     """What was asked in some iterations, over all valid attempts.
 
     Attributes:
-        numbers: the iterations.
+        numbers: the iterations; `seen`, those that have episodes.
         attempts, tasks: attempts, and how many were valid.
         grounded: answers that occur in the passage, of `grounding_known`.
         words: of all questions together.
@@ -40,10 +40,18 @@ class Window:
     golds: Counter[str] = field(default_factory=Counter)
     distinct: set[str] = field(default_factory=set)
     examples: list[dict] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+    @property
+    def span(self) -> str:
+        """In words which iterations there are episodes of."""
+        first, last = min(self.seen, default=0), max(self.seen, default=0)
+        return f"iterations {first} to {last}" if first < last else f"iteration {first}"
 
     def add(self, iteration: int, attempt: dict, chance: random.Random) -> None:
         """Count an attempt."""
         self.attempts += 1
+        self.seen.add(iteration)
         task = attempt.get("task")
         if not isinstance(task, dict):
             return

@@ -156,7 +156,7 @@ def _windows(groups: Sequence[Group], files: Sequence[EpisodeFile | None]) -> li
         for window in (file.early, file.late) if file else ():
             if window.examples:
                 before = f"{group.runs[0].name}, " if len(groups) > 1 else ""
-                found.append({"title": f"{before}iterations {window.numbers[0]} to {window.numbers[-1]}", "tasks": window.examples})
+                found.append({"title": before + window.span, "tasks": window.examples})
     return found
 
 

@@ -79,7 +79,7 @@ def test_an_answer_that_takes_over_is_a_warning(tmp_path: Path) -> None:
     assert answers.challenger(group, file.early, file.late).verdict == "It earns more, but one answer has taken over"
     answer = answers.questions(group, file)
     assert answer.verdict == "Mostly \u201chow many \u2026?\u201d"
-    assert "is that of 70\u00a0% of the last tasks (5.0\u00a0% of the first): both roles may have agreed" in answer.details[-1]
+    assert "is that of 70\u00a0% of the tasks in iteration 2 (5.0\u00a0% in iteration 1): both roles may have agreed" in answer.details[-1]
     assert answers.questions(group, None).verdict == answers.UNKNOWN
 
 

@@ -38,7 +38,7 @@ def repeated_run(folder: Path, iterations: int = 50, passages: int = 64) -> Path
     folder.mkdir(parents=True)
     records = [json.loads(line) for line in (REAL / "metrics.jsonl").read_text().splitlines()]
     write_lines(folder / "metrics.jsonl", records[:iterations])
-    episodes = [json.loads(line) for line in (REAL / "episodes_1_and_50.jsonl").read_text().splitlines()]
+    episodes = [json.loads(line) for line in (REAL / "episodes.jsonl").read_text().splitlines()]
     half = len(episodes) // 2
     repeated = [
         {**(episodes[:half] if number <= iterations // 2 else episodes[half:])[slot % half], "iteration": number, "slot": slot}
