@@ -15,7 +15,7 @@ from megatron_spice import doctor, plan
 from megatron_spice.cluster.children import die_with_parent
 from megatron_spice.config.checks import check
 from megatron_spice.config.describe import reference, resolved
-from megatron_spice.config.errors import EXIT_CODE, ConfigError
+from megatron_spice.config.errors import EXIT_CODE, ConfigError, StorageError
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
@@ -25,7 +25,7 @@ OVERRIDE_HELP = "settings that go over the recipe's, such as train.iterations=2"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for a recipe that cannot be run."""
+    """Runs one command and returns its exit code: 0, 2 for a recipe that cannot be run, or 1 where a run could not write."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron_spice: {error}", file=sys.stderr)
         return EXIT_CODE
+    except StorageError as error:
+        print(f"megatron_spice (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

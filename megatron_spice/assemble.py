@@ -20,7 +20,7 @@ from megatron_spice.cluster.interruption import Interruption
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.engine_weights import quantization_config
-from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.errors import ConfigError, storing
 from megatron_spice.config.hf import hugging_face_folder, read_architecture
 from megatron_spice.config.schema import Config
 from megatron_spice.corpus.corpus import Corpus
@@ -157,7 +157,8 @@ def assemble(
 
     log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done)) if topology.is_first else None
     if topology.is_first:
-        (config.run.dir / "recipe.yaml").write_text(resolved(config))
+        with storing(config.run.dir / "recipe.yaml"):
+            (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
         config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
         PhaseTimer(), interruption, rate, saved=done, carried=carried,

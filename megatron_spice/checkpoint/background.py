@@ -28,18 +28,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_spice.checkpoint import store
-from megatron_spice.checkpoint.distcp import Record, write_file, write_index
+from megatron_spice.checkpoint.distcp import Record, file_size, write_file, write_index
 from megatron_spice.checkpoint.hf_files import copy_small_files
 from megatron_spice.checkpoint.pieces import Holdings
+from megatron_spice.config.errors import StorageError
 
 NICENESS = 10
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is made of the tensors: a checkpoint of an iteration in a run's `folder`, of which the newest `keep` stay."""
+    """What is made of the tensors: a checkpoint of an iteration in a run's `folder`, of which the newest `keep` stay.
+
+    `home` is the identity of the run's own folder: one that is gone is not made anew, elsewhere perhaps.
+    """
 
     folder: Path
+    home: tuple[int, int] | None
     state: dict[str, Any]
     keep: int
     hf_files: Path
@@ -50,7 +55,9 @@ class Target:
         return self.folder / f"{store.name_of(self.state['iteration'])}.partial"
 
     def begin(self, num_bytes: int) -> None:
-        """Makes the folder. Raises OSError without room for `num_bytes`."""
+        """Makes the folder. Raises OSError without room for `num_bytes`, or without the run's folder."""
+        if store.identity(self.folder.parent) != self.home:
+            raise OSError(f"{self.folder.parent} is not the folder that the run began in: it was moved, removed or unmounted")
         store.begin(self.folder, self.state["iteration"], num_bytes)
         copy_small_files(self.hf_files, self.partial / store.HF)
 
@@ -101,7 +108,7 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
         OSError: it could not be made, on any rank, and what there was of it is removed.
     """
     times = [time.perf_counter()]
-    sizes = ranks.tell_all(sum(piece.tensor.nbytes for piece in held.pieces))
+    sizes = ranks.tell_all(file_size(held))
     ranks.first_does(lambda: target.begin(sum(sizes)))
     times.append(time.perf_counter())
     try:
@@ -163,9 +170,11 @@ class BackgroundWrite:
         """The whole checkpoint, after `join`.
 
         Raises:
-            OSError: it could not be written, on any rank. What was saved before is still there.
+            StorageError: it could not be written, on any rank. What was saved before is still there.
         """
         if self._error is not None:
-            reason = f"{self.target.partial} could not be written: {self._error}; earlier checkpoints are still there"
-            raise OSError(reason) from self._error
+            raise StorageError(
+                f"{self.target.partial} could not be written: {self._error}; earlier checkpoints are still there. Mend this, then "
+                "start the same command again: it goes on from the newest"
+            ) from self._error
         return self.target.partial.with_suffix("")

@@ -22,6 +22,7 @@ from megatron_spice.checkpoint.background import BackgroundWrite, Ranks, Target
 from megatron_spice.checkpoint.distcp import write_file, write_index
 from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.checkpoint.snapshot import Snapshot
+from megatron_spice.config.errors import storing
 from megatron_spice.config.schema import CheckpointConfig
 
 WRITE_TIMEOUT = timedelta(hours=1)
@@ -51,6 +52,9 @@ class Checkpointer:
             hf_files: folder with the model's config and tokenizer files, copied into every checkpoint.
         """
         self.folder = store.folder_of(run_dir)
+        with storing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self._home = store.identity(run_dir)
         self.config = config
         self.hf_files = hf_files
         self.seconds: dict[str, float] = {}  # of the last save's parts: `snapshot`, and those of `background.write`
@@ -77,7 +81,7 @@ class Checkpointer:
         began = time.perf_counter()
         held = policy.holdings(with_optimizer=True)
         pieces, is_copied = self._snapshot.take(held.pieces)
-        target = Target(self.folder, copy.deepcopy(state), self.config.keep, self.hf_files)
+        target = Target(self.folder, self._home, copy.deepcopy(state), self.config.keep, self.hf_files)
         self._pending = BackgroundWrite(target, Holdings(pieces, held.objects, held.common), self._ranks, is_copied)
         self.seconds["snapshot"] = time.perf_counter() - began
         self.num_bytes = sum(piece.tensor.nbytes for piece in pieces)
@@ -87,7 +91,7 @@ class Checkpointer:
         begun.
 
         Raises:
-            OSError: it could not be written, on any rank. What was saved before is still there.
+            StorageError: it could not be written, on any rank. What was saved before is still there.
         """
         if self._pending is None or not (wait or self._pending.is_written()):
             return None

@@ -33,6 +33,7 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common
 METADATA = ".metadata"
 COMMON = "common.pt"
 FORMAT_NAME = "metadata.json"
+AROUND_A_BLOCK = 2048  # bytes; what torch.save puts around one, and its place in the index
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def save(value: Any, file: IO[bytes]) -> None:
 def alone(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A flat host tensor's numbers over a storage that has no others, in a shape: `torch.save` writes whole storages."""
     return torch.frombuffer(memoryview(flat.view(torch.uint8).numpy()).cast("B"), dtype=flat.dtype).view(*shape)
+
+
+def file_size(held: Holdings) -> int:
+    """Bytes that a rank's file and its share of the index take, about and not less."""
+    return sum(piece.tensor.nbytes + AROUND_A_BLOCK for piece in held.pieces) + sum(map(len, held.objects.values()))
 
 
 def write_file(folder: Path, rank: int, held: Holdings) -> list[Record]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"iteration_(\d{7})")
-GIB = 2**30
+MB = 10**6
 STATE = "run_state.json"
 WEIGHTS = "weights"
 HF = "hf"
@@ -52,6 +52,15 @@ def newest_iteration(run_dir: Path) -> int:
     return iteration_of(whole[-1]) if whole else 0
 
 
+def identity(run_dir: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name, and from the one it is mounted over; None if there is none."""
+    try:
+        found = os.stat(run_dir)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def begin(folder: Path, iteration: int, num_bytes: int = 0) -> Path:
     """An empty `.partial` folder to save `num_bytes` into; leftovers of interrupted saves are removed.
 
@@ -73,8 +82,8 @@ def check_room(folder: Path, num_bytes: int) -> None:
     free = found.f_bavail * found.f_frsize
     if free < num_bytes:
         raise OSError(
-            f"{num_bytes / GIB:.2f} GiB are needed and the file system of {folder} has {free / GIB:.2f} GiB free; "
-            f"make room for {(num_bytes - free) / GIB:.2f} GiB more there, or move run.dir to where there is"
+            f"{num_bytes / MB:.1f} MB are needed and the file system of {folder} has {free / MB:.1f} MB free; "
+            f"make room for {(num_bytes - free) / MB:.1f} MB more there, give checkpoint.keep less, or move run.dir"
         )
 
 

@@ -7,10 +7,13 @@ and one truncation, which cannot stop half-way, is enough.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from pathlib import Path
+
+from megatron_spice.config.errors import storing
 
 
 class JsonLines:
@@ -19,13 +22,30 @@ class JsonLines:
     def __init__(self, path: Path, keep_through: int):
         if path.is_file():
             os.truncate(path, _length_through(path, keep_through))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, records: list[dict]) -> None:
-        """Append the records; numbers that JSON lacks (NaN, infinity) become null."""
+        """Append the records; numbers that JSON lacks (NaN, infinity) become null.
+
+        Raises:
+            StorageError: the file system does not take them, none of them then, or the file is not at its path any more.
+        """
         text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        self._file.write(text)
-        self._file.flush()
+        with storing(self._path):
+            found, mine = os.stat(self._path), os.fstat(self._file.fileno())
+            if (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
+            self._append(text.encode())
+
+    def _append(self, lines: bytes) -> None:
+        left = memoryview(lines)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - (len(lines) - len(left)))
+            raise
 
     def close(self) -> None:
         """Close the file, on disk."""

@@ -7,11 +7,13 @@ iteration stands twice.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_spice.config.errors import storing
 from megatron_spice.config.schema import Config
 from megatron_spice.telemetry.json_lines import JsonLines
 from megatron_spice.telemetry.progress import progress_line
@@ -37,29 +39,36 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, config: Config, *, resumed_from: int = 0):
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
         telemetry = config.telemetry
         self._views: list[_View] = []
         if telemetry.tensorboard:
-            self._views.append(_TensorBoard(run_dir / "tensorboard", resumed_from))
+            self._views.append(_TensorBoard(self._run_dir / "tensorboard", resumed_from))
         if telemetry.wandb_project is not None:
-            self._views.append(_WandB(run_dir, config, resumed_from))
-        self._metrics = JsonLines(run_dir / METRICS_NAME, resumed_from)
-        self._episodes = JsonLines(run_dir / EPISODES_NAME, resumed_from) if telemetry.episodes else None
+            self._views.append(_WandB(self._run_dir, config, resumed_from))
+        self._metrics = JsonLines(self._run_dir / METRICS_NAME, resumed_from)
+        self._episodes = JsonLines(self._run_dir / EPISODES_NAME, resumed_from) if telemetry.episodes else None
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What goes wrong here after something else did would only hide it.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def iteration(self, number: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Print iteration `number` of `total` (from 1) and write its metrics: floats by slash-separated name."""
+        """Print iteration `number` of `total` (from 1) and write its metrics: floats by slash-separated name.
+
+        Raises:
+            StorageError: the file system does not take them.
+        """
         print(progress_line(number, total, metrics), flush=True)
         self._metrics.write([{"iteration": number, "time": time.time(), **metrics}])
-        for view in self._views:
-            view.iteration(number, metrics)
+        with storing(self._run_dir):
+            for view in self._views:
+                view.iteration(number, metrics)
 
     def episodes(self, records: Sequence[dict]) -> None:
         """Write one iteration's episodes; each record has its `iteration`. Call it before `iteration`."""

@@ -1,0 +1,326 @@
+"""Ends a run's ranks by SIGKILL again and again and lets it go on; a program of its own, run by test_interrupted.py.
+
+The run is the real one, `train.train` on two gloo ranks with Megatron's policy, corpus, sampler, log and checkpoints; only its
+engine has no server: what it says is a hash of the request's seed and of the weights it was sent, so a resumed run
+says the same if and only if it has the same weights. Ranks are forked from one process that has imported everything.
+
+Every save notes a digest of each block that it is to write. A resumed run compares what it has loaded with them, and after each
+kill so does this process with every checkpoint that looks whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_spice.cluster import platform
+
+platform.prepare("cpu")
+
+import torch.distributed.checkpoint  # noqa: E402
+
+from megatron_spice import assemble, train  # noqa: E402
+from megatron_spice.checkpoint import background, checkpointer, distcp, snapshot, store  # noqa: E402
+from megatron_spice.config.errors import StorageError  # noqa: E402
+from megatron_spice.config.loader import load_config  # noqa: E402
+from megatron_spice.game.records import Completion, Sampling  # noqa: E402
+from megatron_spice.policy import policy as policy_module  # noqa: E402
+from megatron_spice.telemetry import json_lines  # noqa: E402
+
+RANKS = 2
+AIMS: dict[str, tuple[Any, str, int]] = {
+    "while it is loaded": (policy_module.Policy, "load_state", 1),
+    "in an update": (policy_module.Policy, "update", 4),
+    "in the snapshot": (snapshot.Snapshot, "take", 2),
+    "before the folder is made": (background.Ranks, "tell_all", 2),
+    "while the folder is made": (store, "begin", 2),
+    "in a rank's file": (distcp, "save", 150),
+    "before the first rank hears": (background.Ranks, "tell_first", 2),
+    "in the index": (distcp, "write_index", 2),
+    "before the run state": (store, "finish", 2),
+    "around a rename": (Path, "rename", 6),
+    "while an old one is removed": (store, "_remove", 2),
+    "in the log": (json_lines.JsonLines, "write", 6),
+}
+"""Where to kill: a function, and up to which of its calls."""
+
+LEFT = 99  # exit code of a rank that has found something wrong
+
+
+class HashEngine:
+    """An engine without a server; see above."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._weights = hashlib.sha256()
+        self._version = ""
+
+    def _nothing(self, *arguments: Any) -> None:
+        pass
+
+    launch = wait_ready = close = kill = check = sleep = wake = _nothing
+
+    async def abort(self) -> None:
+        pass
+
+    async def close_requests(self) -> None:
+        pass
+
+    def begin_update(self) -> None:
+        self._weights = hashlib.sha256()
+
+    def update_bucket(self, named_tensors: Any) -> None:
+        for name, tensor in named_tensors:
+            self._weights.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+    def end_update(self, version: str) -> None:
+        self._version = version
+
+    async def generate(self, prompt_ids: list[int], num_samples: int, sampling: Sampling) -> list[Completion]:
+        await asyncio.sleep(0.002)
+        return [self._one(tuple(prompt_ids), sampling, index) for index in range(num_samples)]
+
+    def _one(self, prompt_ids: tuple[int, ...], sampling: Sampling, index: int) -> Completion:
+        dice = random.Random(f"{self._weights.hexdigest()} {sampling.seed_of(index)} {prompt_ids}")
+        ids = tuple(dice.randrange(60, 200) for _ in range(sampling.max_new_tokens))
+        return Completion(prompt_ids, ids, tuple(-dice.random() for _ in ids), "length", str(ids), self._version)
+
+
+class NoVerifier:
+    """Stands for the processes that judge answers: the engine's tasks are never valid."""
+
+    def __init__(self, config: Any) -> None:
+        pass
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def digests(pieces: Any) -> dict[str, str]:
+    """Of each block a rank holds."""
+    return {
+        f"{piece.key} {list(piece.offsets)}": hashlib.sha256(piece.tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for piece in pieces
+    }
+
+
+def _noted(notes: Path, iteration: int, rank: int) -> Path:
+    return notes / f"{iteration}_{rank}.json"
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank(
+    recipe: Path, overrides: list[str], notes: Path, aim: tuple[str, int, bool] | None, act: Callable[[], None] = die
+) -> int:
+    """One rank of the run; returns its exit code. `aim`: at which of AIMS to act, in which call, before it or after it."""
+    begin, load, me = checkpointer.Checkpointer.begin, checkpointer.load_tensors, int(os.environ["RANK"])
+
+    def noting_begin(self: Any, policy: Any, state: dict[str, Any]) -> None:
+        path = _noted(notes, state["iteration"], me)
+        path.with_suffix(".new").write_text(json.dumps(digests(policy.holdings(True).pieces)))
+        path.with_suffix(".new").replace(path)
+        begin(self, policy, state)
+
+    def comparing_load(policy: Any, checkpoint: Path, with_optimizer: bool) -> None:
+        load(policy, checkpoint, with_optimizer)
+        noted = json.loads(_noted(notes, store.iteration_of(checkpoint), me).read_text())
+        if digests(policy.holdings(True).pieces) != noted:
+            print(f"what was loaded from {checkpoint} is not what was saved", flush=True)
+            os._exit(LEFT)
+
+    checkpointer.Checkpointer.begin, checkpointer.load_tensors = noting_begin, comparing_load
+    assemble.SglangEngine, assemble.Verifier = HashEngine, NoVerifier
+    if aim is not None:
+        _act_at(*aim, act)
+    try:
+        train.train(load_config(recipe, overrides))
+    except StorageError as error:  # as __main__ does
+        print(f"megatron_spice (rank {me}): {error}", flush=True)
+        return 1
+    return 0
+
+
+def _act_at(name: str, call: int, before: bool, act: Callable[[], None]) -> None:
+    home, function, _ = AIMS[name]
+    original, calls = getattr(home, function), [0]
+
+    @functools.wraps(original)
+    def acting(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        this = calls[0]
+        if this == call and before:
+            act()
+        value = original(*arguments, **named)
+        if this == call and not before:
+            act()
+        return value
+
+    for module in (home, background, checkpointer, store) if home in (store, distcp) else (home,):
+        if getattr(module, function, None) is original:
+            setattr(module, function, acting)
+
+
+def start(work: Callable[[int], int], log: Path) -> dict[int, int]:
+    """Forks the ranks; returns their process ids by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = {}
+    for number in range(RANKS):
+        pid = os.fork()
+        if pid:
+            pids[number] = pid
+            continue
+        os.environ |= {
+            "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = 1
+        try:
+            code = work(number)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return pids
+
+
+def wait(pids: dict[int, int], kill_at: float | None, victims: list[int], limit: float = 120.0) -> dict[int, int]:
+    """Exit codes by rank (negative: the signal). At `kill_at` seconds the victims are killed; once one has gone that way or
+    otherwise failed, the others are given no more time than torchrun gives them: none."""
+    began, codes = time.monotonic(), {}
+    while len(codes) < len(pids):
+        now = time.monotonic() - began
+        if now > limit:
+            kill_at, victims = now, list(pids)
+        if kill_at is not None and now >= kill_at:
+            kill_at = None
+            for each in victims:
+                _kill(pids, codes, each)
+        for number, pid in pids.items():
+            if number not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[number] = os.waitstatus_to_exitcode(found[1])
+                if codes[number]:
+                    for each in pids:
+                        _kill(pids, codes, each)
+        time.sleep(0.002)
+    return codes
+
+
+def _kill(pids: dict[int, int], codes: dict[int, int], number: int) -> None:
+    if number not in codes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[number], signal.SIGKILL)
+
+
+def assert_whole(run_dir: Path, notes: Path) -> list[int]:
+    """The iterations of all checkpoints that look whole; each block of them is what was noted, and no block is missing."""
+    found = store.whole_checkpoints(store.folder_of(run_dir))
+    for checkpoint in found:
+        iteration = store.iteration_of(checkpoint)
+        assert store.read_state(checkpoint)["iteration"] == iteration
+        noted = {k: v for each in range(RANKS) for k, v in json.loads(_noted(notes, iteration, each).read_text()).items()}
+        reader = torch.distributed.checkpoint.FileSystemReader(checkpoint / store.WEIGHTS)
+        for index, place in reader.read_metadata().storage_data.items():
+            if index.offset is not None:
+                with open(checkpoint / store.WEIGHTS / place.relative_path, "rb") as file:
+                    file.seek(place.offset)
+                    tensor = torch.load(distcp_slice(file, place.length), weights_only=True)
+                name = f"{index.fqn} {list(index.offset)}"
+                digest = hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+                assert noted.pop(name) == digest, f"{checkpoint}: {name}"
+        assert not noted, f"{checkpoint} lacks {sorted(noted)[:3]}"
+        assert json.loads((checkpoint / store.HF / "config.json").read_text())
+    return [store.iteration_of(checkpoint) for checkpoint in found]
+
+
+def distcp_slice(file: Any, length: int) -> Any:
+    import io
+
+    return io.BytesIO(file.read(length))
+
+
+def campaign(recipe: Path, folder: Path, moments: int, seed: int) -> dict[str, Any]:
+    """Kills a run `moments` times, each time somewhere else, and lets it end; then does it all without a kill.
+
+    Returns: what happened at each moment, and whether both runs came to the same.
+    """
+    dice, told, newest = random.Random(seed), [], 0
+    run_dir, notes = folder / "killed", folder / "notes"
+    notes.mkdir(parents=True)
+    settings = [*SETTINGS, f"checkpoint.every={dice.choice([1, 1, 2, 3])}"]
+    names, seconds = list(AIMS), 3.5
+
+    def attempt(iterations: int, where: Path, aim: Any, victims: list[int], kill_at: float | None) -> dict[int, int]:
+        told_where = [*settings, f"run.dir={where}", f"train.iterations={iterations}"]
+        aims = {each: aim for each in victims[:1]}
+        return wait(start(lambda me: rank(recipe, told_where, notes, aims.get(me)), where.with_suffix(".log")), kill_at, victims)
+
+    for moment in range(moments):
+        victims = dice.choice([[0], [1], [0, 1]])
+        aimed = moment % 2 == 0
+        name = names[(moment // 2 + seed) % len(names)]
+        aim = (name, dice.randint(1, AIMS[name][2]), dice.random() < 0.5) if aimed else None
+        # What only the first rank does kills only there; an aim that is not reached is a random moment.
+        victims = [0] if aimed and AIMS[name][0] in (store, json_lines.JsonLines, Path) else victims
+        kill_at = dice.uniform(0.2, seconds) if not aimed else seconds
+        codes = attempt(10**6, run_dir, aim, victims, kill_at)
+        assert LEFT not in codes.values() and not any(code > 0 for code in codes.values()), (folder, moment, codes)
+        whole = assert_whole(run_dir, notes)
+        assert not whole or whole[-1] >= newest, f"checkpoint {newest} is gone: {whole}"
+        newest = whole[-1] if whole else newest
+        partial = [path.name for path in store.folder_of(run_dir).glob("*.partial")] if run_dir.exists() else []
+        told.append({"aim": aim, "victims": victims, "seconds": kill_at, "whole": whole, "partial": partial})
+    last = newest + 2
+    assert set(attempt(last, run_dir, None, [], None).values()) == {0}
+    assert_whole(run_dir, notes)
+    resumed = outcome(run_dir, notes, last)
+    assert set(attempt(last, folder / "through", None, [], None).values()) == {0}
+    return {"moments": told, "iterations": last, "same": resumed == outcome(folder / "through", notes, last), "outcome": resumed}
+
+
+def outcome(run_dir: Path, notes: Path, last: int) -> dict[str, Any]:
+    """Everything that two runs may differ in: what was played, and the last iteration's weights and optimiser state."""
+    lines = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+    played = [(line["iteration"], line["passage"]["index"], [a["text"] for a in line["attempts"]]) for line in lines]
+    return {"played": played, "state": [json.loads(_noted(notes, last, each).read_text()) for each in range(RANKS)]}
+
+
+SETTINGS = [
+    "policy.pipeline_parallel_size=1", "policy.entropy_bonus=0.01", "rollout.deterministic=true", "rollout.verify_sync=false",
+    "telemetry.tensorboard=false", "cluster.timeout=60", "train.passages=2",
+]  # fmt: skip
+
+if __name__ == "__main__":
+    where = Path(sys.argv[2])
+    results = []
+    for number, size in enumerate(map(int, sys.argv[3].split(","))):
+        results.append(campaign(Path(sys.argv[1]), where / str(number), size, int(sys.argv[4]) + number))
+        (where / "results.json").write_text(json.dumps(results))
