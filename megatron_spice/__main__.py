@@ -19,6 +19,7 @@ from megatron_spice.config.errors import EXIT_CODE, ConfigError, StorageError
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
+from megatron_spice.policy import checkpoint_room
 
 RECIPE_HELP = "a YAML recipe; examples/ holds some"
 OVERRIDE_HELP = "settings that go over the recipe's, such as train.iterations=2"
@@ -105,8 +106,10 @@ def _train(options: argparse.Namespace) -> int:
         )
     architecture = check(config, num_nodes=int(world_size) // per_node)
     text, too_much = plan.memory(config, architecture, ParallelLayout.of(config.policy, architecture, int(world_size)))
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # which writes most, and ends the others if it ends
+        room, too_full = checkpoint_room.describe(config, architecture)
+        print(text, room, sep="\n", flush=True)
+        too_much = [*too_much, too_full] if too_full else too_much
     if too_much:
         raise ConfigError(too_much, options.recipe)
     # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.

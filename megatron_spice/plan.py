@@ -17,7 +17,7 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
-from megatron_spice.policy import memory_budget, memory_verdict
+from megatron_spice.policy import checkpoint_room, memory_budget, memory_verdict
 from megatron_spice.policy.memory_budget import GIB, Device
 from megatron_spice.rollout.placement import remote_engines
 
@@ -47,7 +47,7 @@ def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
     if layout is not None:
         parts.append(_ranks(config, num_nodes, layout))
         text, too_much = memory(config, shape, layout)
-        parts.append(text)
+        parts += [text, checkpoint_room.describe(config, shape)[0]]
         problems = problems + too_much
     if not check_layout(config, num_nodes):
         parts.append(_engines(config, num_nodes))

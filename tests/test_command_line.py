@@ -90,6 +90,7 @@ def test_a_plan_says_what_memory_it_takes_and_refuses_what_cannot_fit(tmp_path):
     table = done.stdout.partition("# Memory in GiB")[2].partition("\n\n")[0]
     assert all(name in table for name in ("weights", "gradients", "optimiser state", "activations (estimate)", "together"))
     assert "training   syncing   rollout" in table
+    assert "# Checkpoints: " in done.stdout and "checkpoint.keep=2" in done.stdout
 
     large = {**MODEL, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     (model / "config.json").write_text(json.dumps(large))

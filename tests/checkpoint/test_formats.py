@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from megatron_spice.config.hf import read_architecture
+from megatron_spice.config.schema import Config
+from megatron_spice.policy import checkpoint_room
 
 ON_RANKS = Path(__file__).with_name("formats_on_ranks.py")
 TP_PP = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
@@ -96,3 +100,25 @@ def test_weights_and_optimiser_state_come_through_every_layout_bit_for_bit(saved
 def test_data_parallel_ranks_write_equally_much(saved):
     sizes = [file.stat().st_size for file in (saved / "data 4" / "ours" / "weights").glob("*.distcp")]
     assert len(sizes) == 4 and max(sizes) < 1.2 * min(sizes)
+
+
+def test_a_checkpoint_takes_the_room_that_is_asked_for(saved):
+    tensors = _tensors(saved / "tensor 2, data 2, bf16" / "ours")
+    [model] = (saved / "models").glob("dense")
+    rooms = {"run": {"dir": saved / "run"}, "corpus": {"path": "/"}, "policy": {"model": model, "precision": "bf16"}}
+    config, architecture = Config.model_validate({**rooms, "checkpoint": {"keep": 3}}), read_architecture(model)
+    one = sum(tensor.nbytes for tensor in tensors.values())
+    assert checkpoint_room.checkpoint_bytes(config, architecture) == pytest.approx(one, rel=0.01)
+    text, problem = checkpoint_room.describe(config, architecture)
+    assert "checkpoint.keep=3" in text and problem is None
+
+
+@pytest.mark.parametrize("free, told, refused", [(0.5, "", "a checkpoint takes"), (2.5, "give checkpoint.keep=1", None)])
+def test_too_little_room_is_said_before_a_run_starts(saved, monkeypatch, free, told, refused):
+    config = Config.model_validate({"run": {"dir": saved / "run"}, "corpus": {"path": "/"}, "policy": {"model": saved}})
+    architecture = read_architecture(saved / "models" / "dense")
+    size = int(free * checkpoint_room.checkpoint_bytes(config, architecture))
+    monkeypatch.setattr(checkpoint_room.os, "statvfs", lambda path: SimpleNamespace(f_bavail=size, f_frsize=1))
+    text, problem = checkpoint_room.describe(config, architecture)
+    assert told in text
+    assert problem is None if refused is None else refused in problem and f"run.dir={saved / 'run'}" in problem

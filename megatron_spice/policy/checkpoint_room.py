@@ -1,0 +1,50 @@
+"""Whether a run's checkpoints fit where they are to go, said before the run starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_spice.checkpoint import store
+from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.schema import Config
+from megatron_spice.policy.parameter_count import engine_parameters
+
+GB = 10**9
+
+
+def checkpoint_bytes(config: Config, architecture: ModelArchitecture) -> int:
+    """Bytes of one checkpoint's tensors: the weights, and of each a float32 master and two moments."""
+    width = 4 if config.policy.precision == "fp32" else 2
+    return engine_parameters(architecture, 1) * (width + 12)
+
+
+def describe(config: Config, architecture: ModelArchitecture) -> tuple[str, str | None]:
+    """What checkpoints take and what there is, in words, and what is in the way of even one.
+
+    While one is written, `checkpoint.keep` others are there; those that are there already need no more room.
+    """
+    run_dir, keep = config.run.dir, config.checkpoint.keep
+    there = min(keep, len(store.whole_checkpoints(store.folder_of(run_dir))))
+    one = checkpoint_bytes(config, architecture)
+    needed, free = (keep + 1 - there) * one, _free(run_dir)
+    text = (
+        f"# Checkpoints: {one / GB:.2f} GB each; checkpoint.keep={keep} and one that is written, of which {there} are there, need "
+        f"{needed / GB:.2f} GB more; the file system of run.dir has {free / GB:.2f} GB free\n"
+    )
+    if free >= needed:
+        return text, None
+    key = f"run.dir={run_dir}: its file system has {free / GB:.2f} GB free, checkpoint.keep={keep}"
+    if free < one:
+        return text, f"{key}, and a checkpoint takes {one / GB:.2f} GB; make room, or name a run.dir where there is"
+    fewer = "" if keep == 1 else ", give checkpoint.keep=1"
+    return f"{text}warning: {key} and one more need {needed / GB:.2f} GB; make room{fewer}, or name another run.dir\n", None
+
+
+def _free(path: Path) -> int:
+    """Bytes free where `path` is or would be made."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
