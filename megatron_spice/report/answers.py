@@ -180,11 +180,26 @@ def where_time_goes(group: Group) -> Answer:
     details = [f"{duration(whole)} in {plural(len(each), 'iteration')}; {share(totals.get('other', 0.0) / whole)} of it outside all phases."]
     for metric, words, form in ((progress.SPEED, "Tokens a second", number), (progress.WHOLE, "Seconds of an iteration", number)):
         details.append(_sentence(group, metric, words, form))
+    details.append(_slowest_rank(group, whole))
     again = sum(float(np.nansum(run.series("engines/passages_again"))) for run in group.runs)
     if again:
         details.append(f"{number(again)} passages were played again because an engine was lost.")
     biggest = order[0] if order else "other"
     return Answer(group.label, f"Mostly into {biggest}: {share(totals[biggest] / whole)}", "plain", headline, list(filter(None, details)))
+
+
+def _slowest_rank(group: Group, whole: float) -> str:
+    """The phase in which ranks wait longest for the slowest of them, if that is worth a sentence."""
+    lost: dict[str, float] = defaultdict(float)
+    for run in group.runs:
+        for name in run.metrics():
+            if name.startswith("ranks/") and name.endswith("_mean"):
+                phase = name.removeprefix("ranks/").removesuffix("_mean")
+                lost[phase] += float(np.nansum(run.series(f"ranks/{phase}_max") - run.series(name)))
+    phase = max(lost, key=lost.__getitem__, default=None)
+    if phase is None or lost[phase] < 0.01 * whole:
+        return ""
+    return f"The slowest rank needs longer for {phase} than the mean of all ranks: {share(lost[phase] / whole)} of an iteration."
 
 
 def _since_then(group: Group) -> list[str]:

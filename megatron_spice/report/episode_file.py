@@ -1,19 +1,22 @@
 """The episode log, read once from front to back, however long it is: where each episode stands, and what was asked.
 
-A cluster's log has gigabytes. Only places in the file are kept of all episodes; texts are kept of a few, drawn by chance
-with a fixed seed so that the same log gives the same report.
+A cluster's log has gigabytes. Of most lines only the beginning is looked at, where the iteration stands, and only their place
+in the file is kept; those of the first and the last iterations are read whole. Texts are kept of a few, drawn by chance with a
+fixed seed so that the same log gives the same report.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SHOWN_TASKS = 4  # examples of a window
+_BEGINNING = re.compile(rb'\{"iteration": (\d+), ')
 
 
 @dataclass
@@ -88,11 +91,12 @@ class EpisodeFile:
     broken: int
 
     def read(self, places: Sequence[tuple[int, int, int]]) -> Iterator[dict]:
-        """The episodes at these places."""
+        """The episodes at these places, without those that cannot be read."""
         with open(self.path, "rb") as file:
             for _, offset, length in places:
                 file.seek(offset)
-                yield json.loads(file.read(length))
+                if (episode := _episode(file.read(length))) is not None:
+                    yield episode
 
 
 def scan(path: Path, early: Sequence[int], late: Sequence[int]) -> EpisodeFile | None:
@@ -105,15 +109,19 @@ def scan(path: Path, early: Sequence[int], late: Sequence[int]) -> EpisodeFile |
     with open(path, "rb") as file:
         for line in file:
             start, offset = offset, offset + len(line)
-            episode = _episode(line)
-            if episode is None:
-                broken += 1
-                continue
-            places.append((episode["iteration"], start, len(line)))
-            for window in windows:
-                if episode["iteration"] in window.numbers:
-                    for attempt in episode["attempts"]:
-                        window.add(episode["iteration"], attempt, chance)
+            begins = _BEGINNING.match(line) if line.endswith(b"}\n") else None
+            number = int(begins[1]) if begins else None
+            wanted = [window for window in windows if number is None or number in window.numbers]
+            if wanted:
+                episode = _episode(line)
+                if episode is None:
+                    broken += 1
+                    continue
+                number = episode["iteration"]
+            places.append((number, start, len(line)))
+            for window in wanted:
+                for attempt in episode["attempts"] if number in window.numbers else ():
+                    window.add(number, attempt, chance)
     return EpisodeFile(path, places, *windows, broken) if places or broken else None
 
 

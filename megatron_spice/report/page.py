@@ -30,6 +30,7 @@ from megatron_spice.report.words import duration, number, plural
 from megatron_spice.telemetry import progress
 
 HERE = Path(__file__).parent
+MOST_READ = 25  # iterations at either end whose episodes are read whole
 EPISODE_BYTES = 3_500_000  # of all runs together
 SHOWN_SETTINGS = (
     "policy.model", "corpus.path", "train.seed", "train.passages", "game.prompt_style", "game.answer_types", "game.group_size",
@@ -102,7 +103,7 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
 
 def _scan(run: Run) -> EpisodeFile | None:
     numbers = run.iterations.tolist()
-    count = max(FEWEST_COMPARED, len(numbers) // 5)
+    count = min(max(FEWEST_COMPARED, len(numbers) // 5), MOST_READ)
     early, late = (numbers[:count], numbers[-count:]) if len(numbers) >= 2 * count else ([], numbers)
     return scan(run.episodes_path, early, late)
 

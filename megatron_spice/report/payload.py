@@ -33,13 +33,13 @@ class Payload:
 def pack_episodes(file: EpisodeFile, most_bytes: int) -> Payload:
     """As many of the file's episodes as fit into `most_bytes` of base64, evenly over the iterations."""
     order = _even_order(file)
-    best, count = Payload(_compressed(file, []), 0, len(order)), min(len(order), FIRST_GUESS)
+    best, fits, count = Payload(_compressed(file, [])[0], 0, len(order)), 0, min(len(order), FIRST_GUESS)
     for _ in range(MOST_TRIES):
-        text = _compressed(file, sorted(order[:count]))
+        text, packed = _compressed(file, sorted(order[:count]))
         if len(text) <= most_bytes:
-            best = Payload(text, count, len(order))
+            best, fits = Payload(text, packed, len(order)), count
         fitting = min(len(order), int(count * most_bytes / len(text) * 0.97))
-        if fitting <= best.episodes * 1.02:
+        if fitting <= fits * 1.02:
             break
         count = fitting
     return best
@@ -58,10 +58,11 @@ def _even_order(file: EpisodeFile) -> list[tuple[int, int, int]]:
     return [place for *_, place in sorted(ranked)]
 
 
-def _compressed(file: EpisodeFile, places: list[tuple[int, int, int]]) -> str:
+def _compressed(file: EpisodeFile, places: list[tuple[int, int, int]]) -> tuple[str, int]:
+    """The text, and how many episodes are in it."""
     packed = [pack(episode) for episode in file.read(places)]
     content = json.dumps(packed, separators=(",", ":")).encode("ascii")
-    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii"), len(packed)
 
 
 def pack(episode: dict) -> list:

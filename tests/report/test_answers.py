@@ -91,6 +91,13 @@ def test_where_the_time_goes_adds_up(tmp_path: Path) -> None:
     assert answers.where_time_goes(group_of(made_run(tmp_path / "none", 10))).verdict == answers.UNKNOWN
 
 
+def test_waiting_for_the_slowest_rank_is_said(tmp_path: Path) -> None:
+    seconds = {"seconds__play": lambda _: 6.0, "seconds__train": lambda _: 4.0, "seconds__iteration": lambda _: 10.0}
+    ranks = {"ranks__play_mean": lambda _: 5.0, "ranks__play_max": lambda _: 6.0, "ranks__train_mean": lambda _: 4.0, "ranks__train_max": lambda _: 4.05}
+    answer = answers.where_time_goes(group_of(made_run(tmp_path / "run", 10, **seconds, **ranks)))
+    assert "The slowest rank needs longer for play than the mean of all ranks: 10\u00a0% of an iteration." in answer.details
+
+
 def test_seeds_give_the_interval(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"seed{seed}", 20, {"train": {"seed": seed}}, challenger__reward=noisy(0.1, 0.5 + seed / 50, 20)) for seed in range(3)]
     answer = answers.challenger(group_of(*runs))

@@ -14,6 +14,7 @@ from made_run import episode, made_run, write_lines
 from megatron_spice.report.episode_file import scan
 from megatron_spice.report.evaluation import Score, read_scores
 from megatron_spice.report.groups import differences, group_runs
+from megatron_spice.report.payload import pack_episodes
 from megatron_spice.report.runs import read_run
 from megatron_spice.report.text import one_line, visible
 
@@ -97,12 +98,14 @@ def test_questions_are_counted_by_window_and_broken_lines_are_counted(tmp_path: 
     path = tmp_path / "episodes.jsonl"
     write_lines(path, [episode(1), episode(1, "Who was it?", "Ada", grounded=True), episode(2, invalid="unparsable", task=None, answers=()), episode(9, gold="1")])
     with open(path, "a") as file:
-        file.write('{"iteration": 10, "attempts": [3]}\n{"iteration": 10, "att')
+        file.write('{"iteration": 9, "attempts": [3]}\n{"iteration": 5, "attempts": 3}\n{"iteration": 10, "att')
     file = scan(path, [1, 2], [9])
     assert (file.early.attempts, file.early.tasks, file.early.grounded, file.broken) == (3, 2, 1, 2)
     assert file.late.golds == {"1": 1} and file.early.openings == {"how many?": 1, "who was": 1}
-    assert [place[0] for place in file.places] == [1, 1, 2, 9]
+    # Of an iteration between the windows only the beginning is looked at, until the episode is wanted.
+    assert [place[0] for place in file.places] == [1, 1, 2, 9, 5]
     assert [found["iteration"] for found in file.read(file.places[2:])] == [2, 9]
+    assert pack_episodes(file, 10**6).episodes == 4
     assert scan(tmp_path / "none", [], []) is None
 
 
