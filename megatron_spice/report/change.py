@@ -16,7 +16,7 @@ import numpy as np
 
 SHORTEST = 6  # iterations with a value, below which nothing is said
 FEWEST_COMPARED = 3
-STRONGEST_CORRELATION = 0.8
+STRONGEST_CORRELATION = 0.99
 
 
 @dataclass(frozen=True)
