@@ -64,7 +64,7 @@ def reasoner(group: Group, early: Window | None, late: Window | None) -> Answer:
     rate = f"On the Challenger's tasks the pass rate {told(found, share, points)}, {_compared(found)}." if found else ""
     details = [_sentence(group, progress.REASONER_REWARD, "Its reward, on the tasks it is trained on,", reward), *_agreement(early, late)]
     details = list(filter(None, details))
-    evaluated = evaluation_changes([score for run in group.runs for score in run.scores]) if len(group.runs) == 1 else {}
+    evaluated = evaluation_changes([run.scores for run in group.runs])
     if evaluated:
         return _evaluated(group, evaluated, [rate, *details] if rate else details)
     why = "The tasks change as the Challenger learns, so their pass rate does not say whether it reasons better. "
@@ -82,25 +82,38 @@ def _evaluated(group: Group, evaluated: dict[str, Change], details: list[str]) -
     verdict, tone = ("Better on some, worse on others", "open") if len(signs) == 2 else (UNKNOWN, "open")
     if len(signs) == 1:
         verdict, tone = ("Yes", "good") if signs == {1} else ("No, it got worse", "bad")
-    headline = f"On fixed questions, first against last checkpoint evaluated: {'; '.join(said)}."
+    seeds = max(each.seeds for each in evaluated.values())
+    over = f", mean of {seeds} seeds" if seeds > 1 else ""
+    headline = f"On fixed questions, first against last checkpoint evaluated{over}: {'; '.join(said)}."
     return Answer(group.label, verdict, tone, headline, details)
 
 
-def evaluation_changes(scores: Sequence[Score]) -> dict[str, Change]:
-    """By task, from its first to its last checkpoint. The interval takes both scores as independent."""
-    tasks: dict[str, list[Score]] = defaultdict(list)
-    for score in scores:
-        if score.iteration is not None:
-            tasks[score.task].append(score)
-    found = {}
-    for task, rows in tasks.items():
-        first, last = rows[0], rows[-1]
-        if first.iteration == last.iteration or None in (first.low, first.high, last.low, last.high):
-            continue
-        margin = np.hypot((first.high - first.low) / 2, (last.high - last.low) / 2)
-        difference = last.score - first.score
-        found[task] = Change(first.score, last.score, difference - margin, difference + margin, 1)
-    return found
+def evaluation_changes(runs: Sequence[Sequence[Score]]) -> dict[str, Change]:
+    """By task, from the first to the last checkpoint that was evaluated.
+
+    Of one run the interval takes both scores as independent; of several it comes from the spread of their changes.
+    """
+    tasks: dict[str, list[tuple[Score, Score]]] = defaultdict(list)
+    for scores in runs:
+        for task in dict.fromkeys(score.task for score in scores):
+            rows = [score for score in scores if score.task == task and score.iteration is not None]
+            if rows and rows[0].iteration != rows[-1].iteration:
+                tasks[task].append((rows[0], rows[-1]))
+    return {task: found for task, pairs in tasks.items() if (found := _evaluation_change(pairs)) is not None}
+
+
+def _evaluation_change(pairs: Sequence[tuple[Score, Score]]) -> Change | None:
+    before, after = (float(np.mean([pair[end].score for pair in pairs])) for end in (0, 1))
+    if len(pairs) > 1:
+        low, high = mean_interval([last.score - first.score for first, last in pairs])
+        return Change(before, after, low, high, 1, len(pairs))
+    ((first, last),) = pairs
+    if None in (first.low, first.high, last.low, last.high):
+        return None
+    # The nearer ends of both intervals tell how far the change may be from what was seen (Newcombe's combination).
+    down = float(np.hypot(last.score - last.low, first.high - first.score))
+    up = float(np.hypot(last.high - last.score, first.score - first.low))
+    return Change(before, after, after - before - down, after - before + up, 1)
 
 
 def questions(group: Group, file: EpisodeFile | None) -> Answer:

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_spice.report.change import FEWEST_COMPARED, difference_interval, mean_interval
 from megatron_spice.report.groups import Group
+from megatron_spice.report.runs import Run
 from megatron_spice.report.words import number, signed
 from megatron_spice.telemetry import progress
 
@@ -47,7 +48,15 @@ def compare(groups: Sequence[Group]) -> list[tuple[str, list[Cell]]]:
         values = [[value for value in group if math.isfinite(value)] for group in values]
         if any(values):
             rows.append((label, [_cell(group, values[0], place) for place, group in enumerate(values)]))
+    for task in dict.fromkeys(score.task for group in groups for run in group.runs for score in run.scores):
+        values = [[last for run in group.runs if (last := _last_score(run, task)) is not None] for group in groups]
+        rows.append((f"evaluation: {task}", [_cell(group, values[0], place) for place, group in enumerate(values)]))
     return rows
+
+
+def _last_score(run: Run, task: str) -> float | None:
+    """Of the last checkpoint that was evaluated."""
+    return next((score.score for score in reversed(run.scores) if score.task == task and score.iteration is not None), None)
 
 
 def _late(values: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,17 @@ def read_run(folder: Path) -> Run:
     if not (folder / EPISODES_NAME).is_file():
         notices.append(f"There is no {EPISODES_NAME} (telemetry.episodes), so nothing is known of single questions.")
     scores, complaints = read_scores(folder / "evaluation")
-    return Run(folder, records, recipe, scores, [*notices, *complaints])
+    before = _before(folder, recipe)
+    return Run(folder, records, recipe, [*before, *scores], [*notices, *complaints])
+
+
+def _before(folder: Path, recipe: dict[str, object]) -> list[Score]:
+    """What a study found of the model that its runs began with, beside them in `before/`, as scores of iteration 0."""
+    model = recipe.get("policy.model")
+    if not isinstance(model, str):
+        return []
+    scores, _ = read_scores(folder.resolve().parent / "before" / model.strip("/").replace("/", "-"))
+    return [replace(score, iteration=0) for score in scores]
 
 
 def _in_order(records: list, path: Path) -> tuple[list[dict], list[str]]:

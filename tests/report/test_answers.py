@@ -70,6 +70,22 @@ def test_fixed_questions_tell_whether_the_reasoner_is_better(tmp_path: Path, sco
     assert "On fixed questions" in answer.headline
 
 
+def test_a_study_evaluates_before_and_after_over_seeds(tmp_path: Path) -> None:
+    def evaluated(folder: Path, score: float) -> None:
+        folder.mkdir(parents=True)
+        tasks = [{"task": "factbook", "mean": score, "low": score - 0.2, "high": score + 0.2, "items": 30}]
+        (folder / "results.json").write_text(json.dumps({"model": f"{folder.parent}/checkpoints/iteration_0000020", "tasks": tasks}))
+
+    evaluated(tmp_path / "before" / "assets-tiny", 0.1)
+    runs = [made_run(tmp_path / f"full-seed{seed}", 20, {"train": {"seed": seed}, "policy": {"model": "assets/tiny"}}, reasoner__pass_rate=noisy(0.1, 0.2, 20)) for seed in range(3)]
+    for seed, run in enumerate(runs):
+        evaluated(run / "evaluation", 0.3 + seed / 100)
+    answer = answers.reasoner(group_of(*runs), None, None)
+    assert answer.verdict == "Yes" and "mean of 3 seeds: factbook: rose from 10\u00a0% to 31\u00a0%" in answer.headline
+    alone = answers.reasoner(group_of(runs[0]), None, None)  # one seed: the questions' own uncertainty is larger
+    assert alone.verdict == answers.UNKNOWN
+
+
 def test_an_answer_that_takes_over_is_a_warning(tmp_path: Path) -> None:
     early = [episode(1, f"Question {number}?", str(number)) for number in range(20)]
     late = [episode(2, f"How many {number}?", "1" if number < 14 else str(number)) for number in range(20)]
