@@ -29,6 +29,6 @@ setup(
     include_package_data=True,
     package_data={"megatron_spice.report": ["*.jinja", "*.css", "*.js"]},
     install_requires=["pydantic", "pyyaml"],
-    extras_require={name: requirements(name) for name in ("cpu", "cuda", "stages", "test")},
+    extras_require={name: requirements(name) for name in ("cpu", "cuda", "stages", "evaluation", "test")},
     entry_points={"console_scripts": ["megatron-spice = megatron_spice.__main__:main"]},
 )

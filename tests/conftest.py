@@ -12,7 +12,7 @@ hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
 
 ROOT = Path(__file__).parent
-FIRST = ("config", "game", "corpus", "telemetry", "tools")
+FIRST = ("config", "game", "corpus", "telemetry", "evaluation", "tools")
 LAST = ("weights", "checkpoint", "policy", "cluster", "rollout", "train")
 
 

@@ -12,6 +12,10 @@ mkdir -p assets
 [ -e "$model" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py model "$model"
 [ -e "$texts" ] || "$SPICE_VENV/bin/python" examples/fetch_assets.py texts "$texts"
 
+# Not among the requirements of all tests: a part of it is compiled. Without it the tests of its tasks skip and say so.
+"$SPICE_VENV/bin/python" -m pip install --quiet -c requirements/constraints.txt -r requirements/evaluation.txt ||
+  echo "tests/run.sh: reasoning-gym could not be installed" >&2
+
 # A real Slurm for tests/test_slurm.py where it can be had (Debian, root); elsewhere that test skips and says so.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

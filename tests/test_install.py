@@ -52,7 +52,7 @@ def test_every_requirement_is_pinned():
     """Directly, or by constraints.txt, so that an installation next year is the one that was tested."""
     folder = ROOT / "requirements"
     pinned = {_name(line) for line in _lines(folder / "constraints.txt")}
-    for file in ("base.txt", "cpu.txt", "cpu-no-deps.txt", "dali-no-deps.txt", "stages.txt", "test.txt"):
+    for file in ("base.txt", "cpu.txt", "cpu-no-deps.txt", "dali-no-deps.txt", "stages.txt", "evaluation.txt", "test.txt"):
         for line in _lines(folder / file):
             assert "==" in line or _name(line) in pinned, f"{file}: {line}"
 

@@ -25,6 +25,7 @@ FLOORS = {
     "report": 3,
     "weights": 4,
     "convert": 5,
+    "evaluation": 5,
     "policy": 5,
     "tools": 5,
     "machine": 6,
@@ -40,7 +41,9 @@ BESIDE = {
     ("game", "config"),
     ("corpus", "config"),
     ("corpus", "game"),  # the records that flow: passages, prompts
+    ("evaluation", "convert"),  # a checkpoint is exported before it is served
     ("tools", "convert"),
+    ("tools", "evaluation"),
     ("tools", "policy"),
     ("tools", "machine"),  # benchmarks say on what they ran
     ("tools", "assemble"),  # a benchmark runs the driver with engines of its own

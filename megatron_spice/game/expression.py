@@ -44,6 +44,7 @@ _LONG_POWER = re.compile(r"([\^_])(-?[0-9]{2,}|-[0-9A-Za-z])")
 _UNIT = re.compile(
     r"(?:(?:\\?\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\u00b0)(?:\^\{?[0-9]\}?)?\s*)+\Z"
 )
+_SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?![\w.])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)")
 _PAIRS = {")": "([", "]": "([", "}": "{"}  # half-open intervals close otherwise than they open
 
@@ -129,7 +130,7 @@ def to_latex(text: str) -> str:
     text = strip_latex(text).strip().rstrip(".")
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
-    text = text.replace("**", "^")
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text.replace("**", "^"))
     for _ in range(4):
         text, changed = _SQRT.subn(lambda match: r"\sqrt{" + next(filter(None, match.groups()), "") + "}", text)
         if not changed:

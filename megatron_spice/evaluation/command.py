@@ -1,0 +1,236 @@
+"""The command `tools/evaluate.py MODEL --tasks ...`: its options, in the order in which they are checked, and the run itself.
+
+Everything that can be wrong with the questions is found before the model is exported and served, which takes its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_spice import __version__
+from megatron_spice.config.loader import load_config
+from megatron_spice.config.schema import RolloutConfig, VerifierConfig
+from megatron_spice.evaluation import model as models
+from megatron_spice.evaluation import sources, table
+from megatron_spice.evaluation.endpoint import Endpoint
+from megatron_spice.evaluation.items import Item
+from megatron_spice.evaluation.judge import Judge
+from megatron_spice.evaluation.log import TaskLog
+from megatron_spice.evaluation.run import Evaluator, Result
+from megatron_spice.evaluation.tasks import Benchmark, find_all
+from megatron_spice.game.verify import Verifier
+
+KEY_VARIABLE = "SPICE_ENGINE_KEY"
+JUDGE_KEY_VARIABLE = "SPICE_JUDGE_KEY"
+MAX_TOKENS = {"chat": 4096, "few_shot": 32}
+# One model and nothing beside it: more cache than in training, and answers may be long.
+ENGINE = {"max_total_tokens": 32768, "request_timeout": 3600.0, "memory_fraction": 0.8}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", help="checkpoint of a run, Megatron or Hugging Face folder, or http(s):// of a server")
+    parser.add_argument("--tasks", required=True, help="comma-separated names; `paper`: all eleven; tools/evaluate.py tasks lists them")
+    parser.add_argument("--data", action="append", default=[], metavar="TASK=PATH|FOLDER", help="where a task's rows are, or a folder of them by name")
+    parser.add_argument("--map", action="append", default=[], metavar="[TASK.]MEANING=FIELD", help="a field's name, such as question=problem")
+    parser.add_argument("--split", default="test", help="of data sets with several [%(default)s]")
+    parser.add_argument("--limit", type=positive, help="only so many questions of each task, the first ones")
+    parser.add_argument("--recipe", type=Path, help="take prompt style, longest answer and verifier from a training recipe")
+    parser.add_argument("--style", choices=["chat", "few_shot"], help="prompts [the recipe's, else chat]")
+    parser.add_argument("--max-tokens", type=positive, help="longest answer [the recipe's, else 4096 for chat, 32 for few_shot]")
+    parser.add_argument("--samples", type=positive, help="answers a question, instead of the task's own number")
+    parser.add_argument("--temperature", type=not_negative, help="instead of the task's own")
+    parser.add_argument("--output", type=Path, help="folder for logs and results [runs/evaluations/NAME-OF-MODEL]")
+    parser.add_argument("--hf", type=Path, help="Hugging Face folder with config.json and tokenizer, for checkpoints without")
+    parser.add_argument("--engine", action="append", default=[], metavar="KEY=VALUE", help="a setting of `rollout`, such as tensor_parallel_size=2")
+    parser.add_argument("--in-flight", type=positive, default=64, help="questions asked at a time [%(default)s]")
+    parser.add_argument("--served-name", default="", help="the model's name at a server [the first it lists]")
+    parser.add_argument("--tokenizer", type=Path, help="for an SGLang server: Hugging Face folder; prompts then go as ids, as in training")
+    parser.add_argument("--judge", metavar="URL", help=f"OpenAI-compatible server that judges mathematics; its key in {JUDGE_KEY_VARIABLE}")
+    parser.add_argument("--judge-model", default="", help="the judge's name there [the first it lists]")
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A number of 0 or more, for argparse."""
+    value = float(text)
+    if not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature")
+    return value
+
+
+class Plan:
+    """What is to be done, checked as far as can be without the model.
+
+    Raises:
+        ValueError, FileNotFoundError, ConfigError: an option, a file or a row is wrong.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.style, self.max_tokens, self.verifier = options.style or "chat", options.max_tokens, VerifierConfig(workers=2)
+        if options.recipe is not None:
+            game = load_config(options.recipe).game
+            self.style = options.style or game.prompt_style
+            self.max_tokens = options.max_tokens or game.reasoner_max_tokens
+            self.verifier = game.verifier
+        self.max_tokens = self.max_tokens or MAX_TOKENS[self.style]
+        self.engine = _engine(options.engine)
+        self.source = options.model
+        if not models.is_url(self.source):
+            if not Path(self.source).is_dir():
+                raise FileNotFoundError(f"{self.source} is neither a folder nor an address that begins with http:// or https://")
+            self.source = str(Path(self.source).resolve())
+        self.folder = options.output or Path("runs/evaluations") / name_of(self.source)
+        self.tasks: list[tuple[Benchmark, list[Item]]] = []
+        for benchmark in find_all(options.tasks):
+            items = sources.load(sources.request_for(benchmark, options.data, options.map), options.split, options.limit)
+            self.tasks.append((_asked(benchmark, options), items))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the answers, but for the task: the first line of each log."""
+        judge = None if not self.options.judge else {"url": self.options.judge, "model": self.options.judge_model}
+        return {
+            "model": self.source, "weights": _stamp(self.source), "style": self.style, "max_tokens": self.max_tokens, "judge": judge,
+            "version": __version__,
+        }  # fmt: skip
+
+    def header(self, benchmark: Benchmark, items: list[Item]) -> dict[str, Any]:
+        """The first line of a task's log."""
+        task = {"task": benchmark.name, "samples": benchmark.samples, "temperature": benchmark.temperature}
+        return {**task, **self.about, "questions": sources.fingerprint(items)}
+
+
+def _engine(settings: list[str]) -> RolloutConfig:
+    given = dict(ENGINE)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in RolloutConfig.model_fields:
+            raise ValueError(f"--engine {setting}: expected KEY=VALUE with a setting of `rollout` ({', '.join(RolloutConfig.model_fields)})")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    try:
+        return RolloutConfig(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"--engine {first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+
+
+def _asked(benchmark: Benchmark, options: argparse.Namespace) -> Benchmark:
+    """A benchmark with the decoding that was given by hand."""
+    samples = options.samples or benchmark.samples
+    temperature = benchmark.temperature if options.temperature is None else options.temperature
+    if samples > 1 and temperature == 0:
+        raise ValueError(f"{benchmark.name}: --samples {samples} of greedy decoding are all the same; give --temperature too")
+    return replace(benchmark, samples=samples, temperature=temperature)
+
+
+def name_of(source: str) -> str:
+    """A folder's name for a model: the last two parts of its path, or its address."""
+    parts = [part for part in source.split("://")[-1].replace(":", "-").split("/") if part not in ("", "v1")]
+    return "-".join(parts[-2:])
+
+
+def _stamp(source: str) -> str:
+    """Changes when the files of a checkpoint do: names, sizes and times of the largest ones; "" for a server."""
+    if models.is_url(source):
+        return ""
+    files = [path for path in Path(source).rglob("*") if path.is_file()]
+    listed = sorted((str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+async def evaluate(plan: Plan) -> list[Result]:
+    """Runs a plan: opens the logs, the model, the verifier and the judge, then task after task.
+
+    Raises:
+        ValueError: a log was begun otherwise.
+        EngineError, EndpointError: a server failed.
+    """
+    logs = [TaskLog(plan.folder / f"{benchmark.name.replace('/', '-')}.jsonl", plan.header(benchmark, items)) for benchmark, items in plan.tasks]
+    results: list[Result] = []
+    try:
+        async with AsyncExitStack() as stack:
+            evaluator = None
+            for (benchmark, items), log in zip(plan.tasks, logs, strict=True):
+                if evaluator is None and any(item.id not in log.done for item in items):  # all answered already: no model is needed
+                    evaluator = await _evaluator(plan, stack)
+                results.append(await (evaluator or Evaluator(None, None)).run(benchmark, items, log))
+    finally:
+        for log in logs:
+            log.close()
+    models.discard(plan.folder / "exported")
+    table.write(plan.folder, plan.about, results)
+    return results
+
+
+async def _evaluator(plan: Plan, stack: AsyncExitStack) -> Evaluator:
+    judge = None
+    if plan.options.judge:
+        key = os.environ.get(JUDGE_KEY_VARIABLE, "")
+        judge = Judge(await stack.enter_async_context(Endpoint(plan.options.judge, key, plan.options.judge_model)))
+    verifier = await stack.enter_async_context(Verifier(plan.verifier))
+    model = await stack.enter_async_context(_model(plan))
+    return Evaluator(model, verifier, judge, plan.max_tokens, plan.options.in_flight, _progress)
+
+
+@asynccontextmanager
+async def _model(plan: Plan) -> AsyncIterator[models.Model]:
+    options = plan.options
+    if models.is_url(plan.source):
+        key = os.environ.get(KEY_VARIABLE, "")
+        opened = models.open_endpoint(plan.source, key, options.served_name, plan.style, options.tokenizer, plan.engine.request_timeout)
+    else:
+        folder = models.export(Path(plan.source), options.hf, plan.folder / "exported")
+        opened = models.serve(folder, plan.style, plan.engine, plan.folder / "engine.log")
+    async with opened as model:
+        yield model
+
+
+def _progress(name: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{name}: {done} of {total} questions", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done == total or done == 0:
+        print(f"{name}: {done} of {total} questions", file=sys.stderr, flush=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command. Exit code 0, or 130 when it was stopped; errors are the caller's to print."""
+    plan = Plan(options)
+
+    async def stoppable() -> list[Result]:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        return await evaluate(plan)
+
+    try:
+        results = asyncio.run(stoppable())
+    except asyncio.CancelledError:
+        print("\nevaluate: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(table.table(results))
+    print(f"{plan.folder / table.RESULTS}; each answer is in the *.jsonl beside it", file=sys.stderr)
+    return 0

@@ -1,0 +1,121 @@
+"""The judge and the endpoint it is asked through, against a small server of OpenAI's interface on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+from aiohttp import web
+
+from megatron_spice.config.schema import VerifierConfig
+from megatron_spice.evaluation.endpoint import Endpoint, EndpointError
+from megatron_spice.evaluation.items import Item
+from megatron_spice.evaluation.judge import Judge
+from megatron_spice.evaluation.log import TaskLog
+from megatron_spice.evaluation.model import EndpointModel
+from megatron_spice.evaluation.run import Evaluator
+from megatron_spice.evaluation.tasks import BY_NAME
+from megatron_spice.game.prompts_chat import SYSTEM
+from megatron_spice.game.records import Task
+from megatron_spice.game.verify import Verifier
+
+
+class Server:
+    """Answers a question `n` with a box of what `answers` has for it, and a judge's question by whether both end alike."""
+
+    def __init__(self, answers: dict[str, str], fail_first: int = 0) -> None:
+        self.answers = answers
+        self.failures = fail_first
+        self.judged: list[str] = []
+        self.systems: set[str] = set()
+
+    async def chat(self, request: web.Request) -> web.Response:
+        if self.failures:
+            self.failures -= 1
+            return web.Response(status=503, text="busy")
+        body = await request.json()
+        content = body["messages"][-1]["content"]
+        found = re.search(r"<expected>(.*)</expected>\n<candidate>(.*)</candidate>", content)
+        if found:
+            self.judged.append(found[2])
+            text = "Yes." if found[1][-1] == found[2][-1] else "**no**"
+        else:
+            self.systems.add(body["messages"][0]["content"])
+            text = self.answers[content.split("\n")[0]]
+        choices = [{"message": {"content": text}, "finish_reason": "stop"}] * body["n"]
+        return web.json_response({"choices": choices, "usage": {"completion_tokens": 5}})
+
+    async def models(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != "Bearer secret":
+            return web.Response(status=401, text="no")
+        return web.json_response({"data": [{"id": "small"}]})
+
+
+def play(server: Server, body) -> object:  # noqa: ANN001
+    async def main() -> object:
+        application = web.Application()
+        application.add_routes([web.post("/v1/chat/completions", server.chat), web.get("/v1/models", server.models)])
+        runner = web.AppRunner(application)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            return await body(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(main())
+
+
+def test_the_judge_is_asked_only_where_rules_say_different(tmp_path):
+    tasks = {
+        "right": ("7", r"\boxed{7}"), "judged right": ("x+7", r"\boxed{x plus 7}"), "judged wrong": ("x+7", r"\boxed{x plus 8}"),
+        "silent": ("x+7", "I do not know"), "long": ("x+7", r"\boxed{" + "y" * 5000 + "7}"),
+    }  # fmt: skip
+    server = Server({question: answer for question, (_, answer) in tasks.items()}, fail_first=1)
+    items = [Item(q, Task(q, gold, "Integer" if gold == "7" else "Expression")) for q, (gold, _) in tasks.items()]
+
+    async def body(url: str):
+        async with Verifier(VerifierConfig(timeout=30.0)) as verifier, Endpoint(url, "secret") as endpoint:
+            judge = Judge(endpoint)
+            evaluator = Evaluator(EndpointModel(endpoint, "chat"), verifier, judge)
+            log = TaskLog(tmp_path / "log.jsonl", {"task": "math500"})
+            found = await evaluator.run(BY_NAME["math500"], items, log)
+            # General knowledge is matched exactly; no judge is asked.
+            other = await evaluator.run(BY_NAME["bbeh"], items[2:3], TaskLog(tmp_path / "other.jsonl", {}))
+            return found, other, (judge.asked, judge.agreed)
+
+    found, other, counts = play(server, body)
+    assert found.score.mean == 0.4 and found.rules_only.mean == 0.2 and counts == (2, 1)
+    assert sorted(server.judged) == ["x plus 7", "x plus 8"] and server.systems == {SYSTEM}
+    assert found.reasons == {"exact": 1, "judge": 1, "different": 1, "no_answer": 1, "too_long": 1}
+    assert found.unanswered == 0.2 and found.mean_tokens == 5 and other.score.mean == 0.0
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    assert {r["id"]: r["answers"][0].get("judge") for r in records} == {
+        "right": None, "judged right": True, "judged wrong": False, "silent": None, "long": None,
+    }  # fmt: skip
+
+
+def test_errors_of_an_endpoint_are_said():
+    async def wrong_key(url: str):
+        async with Endpoint(url, "other"):
+            pass
+
+    with pytest.raises(EndpointError, match=r"GET http://127.0.0.1:\d+/v1/models was answered with 401: no"):
+        play(Server({}), wrong_key)
+
+    async def unsure(url: str):
+        server.answers["?"] = "perhaps"
+        async with Endpoint(url, "secret") as endpoint:
+            judge = Judge(endpoint)
+            endpoint.chat = lambda *a, **b: _says("It depends.")
+            await judge.same("?", "1", "2")
+
+    async def _says(text: str):
+        return [{"text": text}]
+
+    server = Server({})
+    with pytest.raises(EndpointError, match="was to say yes or no, it said 'It depends.'"):
+        play(server, unsure)
