@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_spice.report.change import FEWEST_COMPARED, difference_interval, mean_interval
+from megatron_spice.report.change import difference_interval, end_of, mean_interval
 from megatron_spice.report.groups import Group
 from megatron_spice.report.runs import Run
 from megatron_spice.report.words import number, signed
@@ -60,9 +60,9 @@ def _last_score(run: Run, task: str) -> float | None:
 
 
 def _late(values: np.ndarray) -> float:
-    """Mean of the last fifth of the known values."""
+    """Mean of the last of the known values."""
     known = values[np.isfinite(values)]
-    return float(known[-max(FEWEST_COMPARED, len(known) // 5) :].mean()) if len(known) else math.nan
+    return float(known[-end_of(len(known)) :].mean()) if len(known) else math.nan
 
 
 def _cell(ours: list[float], first: list[float], place: int) -> Cell:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_spice.report import answers, catalogue
-from megatron_spice.report.change import FEWEST_COMPARED, change_over_seeds
+from megatron_spice.report.change import change_over_seeds, end_of
 from megatron_spice.report.compare import compare
 from megatron_spice.report.drawing import Drawing, draw, sparkline
 from megatron_spice.report.episode_file import EpisodeFile, scan
@@ -103,8 +103,8 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
 
 def _scan(run: Run) -> EpisodeFile | None:
     numbers = run.iterations.tolist()
-    count = min(max(FEWEST_COMPARED, len(numbers) // 5), MOST_READ)
-    early, late = (numbers[:count], numbers[-count:]) if len(numbers) >= 2 * count else ([], numbers)
+    count = min(end_of(len(numbers)), MOST_READ)
+    early, late = (numbers[:count], numbers[-count:]) if len(numbers) > 1 else ([], numbers)
     return scan(run.episodes_path, early, late)
 
 

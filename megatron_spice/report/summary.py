@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_spice.report.change import FEWEST_COMPARED
+from megatron_spice.report.change import end_of
 from megatron_spice.report.runs import Run
 from megatron_spice.telemetry import progress
 
@@ -17,7 +17,7 @@ SHOWN = (
 def summary(run: Run) -> str:
     """First against last iterations, as a small table, and where the time went."""
     total = len(run.records)
-    count = max(1, min(max(FEWEST_COMPARED, total // 5), total // 2))
+    count = end_of(total)
     lines = [f"{run.name}: {total} iterations; means of the first and the last {count}:"]
     for metric in SHOWN:
         values = run.series(metric)

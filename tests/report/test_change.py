@@ -21,16 +21,17 @@ def test_students_quantiles_are_those_of_the_tables(freedom: float, outside: flo
     assert student(freedom, outside) == pytest.approx(known, rel=2e-4)
 
 
+@pytest.mark.parametrize("iterations", [8, 50])
 @pytest.mark.parametrize("correlation", [0.0, 0.5])
-def test_a_run_without_a_trend_is_rarely_said_to_have_one(correlation: float) -> None:
+def test_a_run_without_a_trend_is_rarely_said_to_have_one(iterations: int, correlation: float) -> None:
     chance = np.random.default_rng(1)
     wrong = 0
-    for _ in range(400):
-        noise, level = chance.normal(size=50), 0.0
-        for place in range(50):
+    for _ in range(300):
+        noise, level = chance.normal(size=iterations + 20), 0.0
+        for place in range(len(noise)):
             level = noise[place] = correlation * level + noise[place]
-        wrong += change(noise).direction != 0
-    assert wrong / 400 < 0.08  # 0.05 is promised
+        wrong += change(noise[20:]).direction != 0
+    assert wrong / 300 < 0.08  # 0.05 is promised
 
 
 def test_a_trend_beyond_the_noise_is_found_with_its_size() -> None:
