@@ -24,13 +24,17 @@ FLOORS = {
     "checkpoint": 3,
     "report": 3,
     "weights": 4,
+    "curriculum": 3,
     "convert": 5,
     "evaluation": 5,
+    "crossplay": 5,
     "policy": 5,
     "tools": 5,
     "machine": 6,
     "doctor": 6,
     "plan": 6,
+    "challenger": 6,
+    "warmup": 6,
     "assemble": 6,
     "watch": 6,
     "train": 7,
@@ -44,10 +48,14 @@ BESIDE = {
     ("evaluation", "convert"),  # a checkpoint is exported before it is served
     ("tools", "convert"),
     ("tools", "evaluation"),
+    ("tools", "crossplay"),
+    ("crossplay", "convert"),
     ("tools", "policy"),
     ("tools", "machine"),  # benchmarks say on what they ran
     ("tools", "assemble"),  # a benchmark runs the driver with engines of its own
     ("tools", "train"),
+    ("assemble", "challenger"),
+    ("warmup", "assemble"),
     ("doctor", "machine"),
     ("plan", "machine"),
 }
@@ -128,7 +136,7 @@ def test_heavy_packages_stay_in_their_rooms(path: Path):
         assert homes is None or name(path).startswith(homes), f"{name(path)} imports {module}; it may in {homes}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "game").glob("*.py")), ids=name)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "game").rglob("*.py")), ids=name)
 def test_the_game_knows_no_accelerator(path: Path):
     assert not {module.split(".")[0] for module in imports(path)} & HEAVY
     assert rooms_imported(path) <= {"game", "config"}

@@ -76,16 +76,37 @@ class GameConfig(Room):
         "none", description="`span`: the answer must occur in the passage and not in the question (MCQ: the chosen option's text)."
     )
     reject_references: bool = Field(False, description="Reject questions that point at the passage (`in the text`, ...).")
+    reject_copies: PositiveInt | None = Field(
+        None, description="Reject questions that share a run of so many words with the passage (`audit/copied_words`); null: none."
+    )
+    reject_giveaways: bool = Field(False, description="Reject questions in which their own answer stands.")
+    reject_duplicates: bool = Field(False, description="Reject a question that an earlier attempt on the same passage asked.")
     advantage_baseline: Literal["group", "role"] = Field(
         "group", description="What is subtracted from a reward: the mean of its group, or a running mean of its role (SPIRAL)."
     )
     baseline_decay: float = Field(0.95, ge=0, lt=1, description="Of the running mean of `role`, an iteration.")
-    fixed_challenger: bool = Field(False, description="Ablation: Challenger trajectories are not trained on.")
+    fixed_challenger: bool = Field(
+        False,
+        description="Ablation: the Challenger is not trained; policy.model as it was before training writes all tasks (a second engine "
+        "beside each, on a CPU), or rollout.challenger.engines do.",
+    )
     no_corpus: bool = Field(False, description="Ablation: the Challenger invents a task without a passage.")
     challenger_max_tokens: PositiveInt = Field(4096, description="Longest Challenger completion.")
     reasoner_max_tokens: PositiveInt = Field(4096, description="Longest Reasoner completion.")
     selection_max_tokens: PositiveInt = Field(256, description="Longest format-selection completion.")
     verifier: VerifierConfig = VerifierConfig()
+
+
+class ChallengerConfig(Room):
+    """Servers whose model writes the tasks instead of the policy: the paper's Strong Challenger."""
+
+    engines: list[str] = Field(
+        [],
+        description="URLs of SGLang servers that run already, with any model that generates; they are asked and never changed. Their "
+        "key is given in SPICE_CHALLENGER_KEY. Needs game.fixed_challenger=true.",
+    )
+    tokenizer: Path | None = Field(None, description="Hugging Face folder with their model's tokenizer; None: policy.model's own.")
+    prompt_style: Literal["chat", "few_shot"] | None = Field(None, description="How they are asked; None: game.prompt_style.")
 
 
 class RolloutConfig(Room):
@@ -136,6 +157,7 @@ class RolloutConfig(Room):
         description="URLs of SGLang servers that run already, used instead of colocated engines; their key is given in the "
         "environment variable SPICE_ENGINE_KEY. Each must be this run's alone.",
     )
+    challenger: ChallengerConfig = ChallengerConfig()
     router: str | None = Field(
         None, description="URL of an sglang-router before rollout.engines: generations go through it, weights to each engine."
     )
@@ -226,6 +248,37 @@ class ClusterConfig(Room):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+class WarmupConfig(Room):
+    """Supervised steps before iteration 1, for models that are too small to begin: next-token loss on tasks and answers of another
+    run. Used only where `pairs` is given."""
+
+    pairs: Path | None = Field(None, description="A data set that tools/export_curriculum.py made; null: no warm-up.")
+    steps: PositiveInt = Field(20, description="Optimiser steps.")
+    batch: PositiveInt = Field(32, description="Completions a step.")
+    learning_rate: PositiveFloat | None = Field(None, description="Of these steps; null: policy.learning_rate.")
+    roles: list[Literal["challenger", "reasoner"]] = Field(
+        ["challenger", "reasoner"],
+        min_length=1,
+        description="`challenger`: passage to accepted task; `reasoner`: question to an answer that was right.",
+    )
+
+
+class AuditConfig(Room):
+    """What is looked for in the tasks that the Challenger writes; nothing of it changes what is played or paid."""
+
+    metrics: bool = Field(
+        False, description="Write `audit/...` metrics: duplicates, copies, giveaways, letter bias, what gold answers follow from."
+    )
+    passages: PositiveInt = Field(64, description="Of each iteration the first so many passages are audited.")
+    memory: PositiveInt = Field(20_000, description="Questions that duplicates are looked for among.")
+    grounded_answers: int = Field(
+        0, ge=0, description="Times that an audited Reasoner's task is answered again with its passage in view; 0: not."
+    )
+    options_only: int = Field(
+        0, ge=0, description="Times that an audited multiple choice task is answered from its options alone; 0: not."
+    )
+
+
 class TelemetryConfig(Room):
     tensorboard: bool = True
     wandb_project: str | None = Field(None, description="Log to this Weights & Biases project (needs the wandb package).")
@@ -243,4 +296,6 @@ class Config(Room):
     policy: PolicyConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    audit: AuditConfig = AuditConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -60,9 +60,12 @@ def trained_part(episode: Episode) -> Episode:
     Every rank gets this of every episode; texts, and completions that only paid somebody, go to whoever logs them.
     """
     attempts = [
-        replace(attempt, completion=replace(attempt.completion, text=""), task=None, answers=_without_texts(attempt))
+        replace(
+            attempt, completion=replace(attempt.completion, text=""), task=None, answers=_without_texts(attempt),
+            grounded_answers=(), options_only_answers=(),
+        )
         for attempt in _group(episode)
-    ]
+    ]  # fmt: skip
     return replace(episode, attempts=tuple(attempts), passage=replace(episode.passage, token_ids=(), text=""))
 
 
@@ -197,6 +200,11 @@ def _attempt_record(attempt: Attempt) -> dict[str, Any]:
         else None,
         "is_reasoner_task": attempt.is_reasoner_task,
         "answers": [_answer_record(answer) for answer in attempt.answers],
+        **{
+            name: [_answer_record(answer) for answer in answers]
+            for name in ("grounded_answers", "options_only_answers")
+            if (answers := getattr(attempt, name))
+        },
     }
 
 

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_spice.config.schema import GameConfig
+from megatron_spice.game.audit.words import words
 from megatron_spice.game.grounding import is_grounded
 from megatron_spice.game.groups import advantages, subsample
 from megatron_spice.game.prompts import PromptStyle
 from megatron_spice.game.records import (
-    Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Sampling, Task,
+    Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Role, Sampling, Task,
     Tokenizer,
 )  # fmt: skip
 from megatron_spice.game.rewards import challenger_reward, reasoner_reward
@@ -44,6 +45,7 @@ async def play_passage(
     temperature: float,
     top_p: float,
     seed: int,
+    challenger: Wording | None = None,
 ) -> Episode:
     """Plays one passage to the end.
 
@@ -53,27 +55,20 @@ async def play_passage(
         engine: samples completions; whatever it raises (EngineError, GamePutOff) ends the game of this passage unscored.
         verifier: a started `Verifier`.
         temperature: of both roles.
+        challenger: how the Challenger is spoken to where another model than the policy writes the tasks; None: like the Reasoner.
 
     Returns: The episode, rewards and advantages set on the Challenger's group and on the Reasoner's answers. Without
         any valid attempt it has no answers, and the group's equal rewards give advantages of zero.
     """
     started = time.monotonic()
-    table = _Table(
-        engine,
-        tokenizer,
-        verifier,
-        config,
-        style_for(config.prompt_style, tokenizer),
-        temperature,
-        top_p,
-        (seed, iteration, slot),
-    )
-    answer_type = await _choose_type(table, passage)
-    attempts, timeouts = await _attempt(table, passage, answer_type)
+    reasoner = Wording.of(config.prompt_style, tokenizer)
+    seeds = (seed, iteration, slot)
+    table = Table(engine, verifier, config, challenger or reasoner, reasoner, temperature, top_p, seeds)
+    answer_type, attempts, timeouts = await write_tasks(table, passage)
 
     group = subsample([attempt.task is not None for attempt in attempts], config.group_size, table.random("group"))
     valid = [index for index in group if attempts[index].task is not None]
-    answers = dict(zip(valid, await together([_answer(table, attempts[index].task, index) for index in valid])))
+    answers = dict(zip(valid, await together([answer_task(table, attempts[index].task, index) for index in valid])))
     attempts = _score(attempts, group, answers, config)
     if valid:
         chosen = table.random("task").choice(valid)
@@ -86,7 +81,7 @@ async def play_passage(
         iteration,
         slot,
         passage,
-        config.prompt_style,
+        table.challenger.style.name,
         answer_type,
         tuple(attempts),
         timeouts,
@@ -95,14 +90,27 @@ async def play_passage(
 
 
 @dataclass(frozen=True)
-class _Table:
-    """What a game is played with."""
+class Wording:
+    """How a model is spoken to."""
+
+    tokenizer: Tokenizer
+    style: PromptStyle
+
+    @classmethod
+    def of(cls, style: str, tokenizer: Tokenizer) -> Wording:
+        """The style that `game.prompt_style` names, in this tokenizer's chat format."""
+        return cls(tokenizer, style_for(style, tokenizer))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a game is played with. `seeds`: the run's, the iteration and the slot, from which all choices derive."""
 
     engine: Generator
-    tokenizer: Tokenizer
     verifier: Verifier
     config: GameConfig
-    style: PromptStyle
+    challenger: Wording
+    reasoner: Wording
     temperature: float
     top_p: float
     seeds: tuple[int, int, int]
@@ -112,32 +120,41 @@ class _Table:
         return random.Random(f"{self.seeds} {purpose}")
 
     async def sample(
-        self, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str
+        self, role: Role, prompt: Prompt, count: int, limit: int, stop: tuple[str, ...], purpose: str
     ) -> list[Completion]:
-        sampling = Sampling(self.temperature, limit, self.top_p, stop, self.random(purpose).getrandbits(31))
-        completions = await self.engine.generate(self.tokenizer.encode_prompt(prompt), count, sampling)
+        """`count` completions of a role's prompt, `limit` tokens each at most."""
+        wording = self.challenger if role == "challenger" else self.reasoner
+        sampling = Sampling(self.temperature, limit, self.top_p, stop, self.random(purpose).getrandbits(31), role)
+        completions = await self.engine.generate(wording.tokenizer.encode_prompt(prompt), count, sampling)
         if any(completion.finish == "abort" for completion in completions):
             raise RuntimeError(f"the engine aborted a request of the {purpose}; what it had written must not be scored")
         return completions
 
 
-async def _choose_type(table: _Table, passage: Passage) -> AnswerType:
+async def write_tasks(table: Table, passage: Passage) -> tuple[AnswerType, list[Attempt], int]:
+    """The Challenger's part: the kind of task, its attempts, and how many readings of expressions timed out."""
+    answer_type = await _choose_type(table, passage)
+    return answer_type, *await _attempt(table, passage, answer_type)
+
+
+async def _choose_type(table: Table, passage: Passage) -> AnswerType:
     """The kind of task: the model's choice if it is asked, can be read and is among those wanted, else drawn
     uniformly."""
     config, kinds = table.config, table.config.answer_types
     if config.format_selection == "model" and len(kinds) > 1 and not config.no_corpus:
-        prompt = table.style.selection_prompt(passage)
+        style = table.challenger.style
+        prompt = style.selection_prompt(passage)
         if prompt is not None:
-            [choice] = await table.sample(prompt, 1, config.selection_max_tokens, (), "selection")
-            kind = table.style.parse_selection(choice.text)
+            [choice] = await table.sample("challenger", prompt, 1, config.selection_max_tokens, (), "selection")
+            kind = style.parse_selection(choice.text)
             if kind in kinds:
                 return kind
     return table.random("format").choice(kinds)
 
 
-async def _attempt(table: _Table, passage: Passage, answer_type: AnswerType) -> tuple[list[Attempt], int]:
+async def _attempt(table: Table, passage: Passage, answer_type: AnswerType) -> tuple[list[Attempt], int]:
     """Challenger attempts, until one is valid and there are G, N at most; and the readings that timed out."""
-    config, style = table.config, table.style
+    config, style = table.config, table.challenger.style
     prompt = style.challenger_prompt(None if config.no_corpus else passage, answer_type)
     attempts: list[Attempt] = []
     timeouts = 0
@@ -146,18 +163,35 @@ async def _attempt(table: _Table, passage: Passage, answer_type: AnswerType) -> 
             break
         count = min(config.attempt_chunk, config.attempts - len(attempts))
         purpose = f"challenger {len(attempts)}"
-        completions = await table.sample(prompt, count, config.challenger_max_tokens, style.challenger_stop, purpose)
+        limit, stop = config.challenger_max_tokens, style.challenger_stop
+        completions = await table.sample("challenger", prompt, count, limit, stop, purpose)
         judged = await together([_judge(table, completion, passage, answer_type) for completion in completions])
         attempts += [attempt for attempt, _ in judged]
+        if config.reject_duplicates:
+            attempts = _without_repeats(attempts)
         timeouts += sum(timed_out for _, timed_out in judged)
     return attempts, timeouts
 
 
+def _without_repeats(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts; a valid one whose question an earlier valid one asked is invalid."""
+    asked: set[tuple[str, ...]] = set()
+    kept = []
+    for attempt in attempts:
+        question = tuple(words(attempt.task.question)) if attempt.task is not None else None
+        if question in asked:
+            attempt = Attempt(attempt.completion, None, InvalidReason.DUPLICATE)
+        elif question is not None:
+            asked.add(question)
+        kept.append(attempt)
+    return kept
+
+
 async def _judge(
-    table: _Table, completion: Completion, passage: Passage, answer_type: AnswerType
+    table: Table, completion: Completion, passage: Passage, answer_type: AnswerType
 ) -> tuple[Attempt, bool]:
     """The attempt that a completion is, and whether reading its expression timed out."""
-    task = read_attempt(completion, answer_type, table.style)
+    task = read_attempt(completion, answer_type, table.challenger.style)
     if isinstance(task, InvalidReason):
         return Attempt(completion, None, task), False
     if task.answer_type == "Expression":
@@ -165,16 +199,17 @@ async def _judge(
         if outcome != "ok":
             return Attempt(completion, None, InvalidReason.BAD_EXPRESSION), outcome == "timeout"
     grounded = None if table.config.no_corpus else is_grounded(task, passage.text)
-    invalid = check_switches(task, grounded, table.config)
+    invalid = check_switches(task, grounded, table.config, None if table.config.no_corpus else passage.text)
     if invalid is not None:
         return Attempt(completion, None, invalid), False
     return Attempt(completion, task, None, grounded), False
 
 
-async def _answer(table: _Table, task: Task, index: int) -> tuple[Answer, ...]:
-    """K = G answers of the Reasoner to one task, verified."""
-    config, style = table.config, table.style
+async def answer_task(table: Table, task: Task, index: int) -> tuple[Answer, ...]:
+    """K = G answers of the Reasoner to one task, verified; `index` tells the passage's tasks apart."""
+    config, style = table.config, table.reasoner.style
     completions = await table.sample(
+        "reasoner",
         style.reasoner_prompt(task),
         config.group_size,
         config.reasoner_max_tokens,

@@ -36,5 +36,8 @@ class PromptStyle(Protocol):
         """Asks the question. Depends on `task.question` and on its being multiple choice, on nothing else of the
         task."""
 
+    def grounded_prompt(self, task: Task, passage: Passage) -> Prompt:
+        """Asks the question with the passage in view: for audits alone, never for what is trained on."""
+
     def extract_answer(self, text: str) -> str | None:
         """The final answer in a Reasoner's completion, None when there is none."""

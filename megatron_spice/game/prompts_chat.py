@@ -74,6 +74,12 @@ class ChatStyle:
         """The question, the request to reason, and the box."""
         return self._wrap(Segment(task.question, trusted=False), Segment(_BOX_REQUEST))
 
+    def grounded_prompt(self, task: Task, passage: Passage) -> Prompt:
+        """The document, then the question as the Reasoner is asked it."""
+        opening = Segment("Answer the question that follows the document, from what the document says.")
+        question = (Segment("\n\n"), Segment(task.question, trusted=False), Segment(_BOX_REQUEST))
+        return self._wrap(opening, *self._document(passage), *question)
+
     def extract_answer(self, text: str) -> str | None:
         """What the last complete box holds."""
         return last_boxed(text) or None

@@ -77,6 +77,16 @@ class FewShotStyle:
         worked = "".join(map(_question_and_answer, examples))
         return (Segment(worked + "Question:"), Segment(" " + task.question, trusted=False), Segment("\nAnswer:"))
 
+    def grounded_prompt(self, task: Task, passage: Passage) -> Prompt:
+        """Three questions with their passages and answers, then the passage and the question."""
+        examples = CHALLENGER["MCQ"] if task.answer_type == "MCQ" else (*CHALLENGER["String"][:2], CHALLENGER["Integer"][0])
+        worked = "".join(f"Passage: {example.passage}\n{_question_and_answer(example)}" for example in examples)
+        text, question = " ".join(passage.text.split()), task.question
+        return (
+            Segment(worked + "Passage:"), Segment(" " + text, trusted=False), Segment("\nQuestion:"),
+            Segment(" " + question, trusted=False), Segment("\nAnswer:"),
+        )  # fmt: skip
+
     def extract_answer(self, text: str) -> str | None:
         """The rest of the line after `Answer:`."""
         return answer_line(text)

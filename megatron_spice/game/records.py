@@ -53,6 +53,7 @@ class Sampling:
     """How to sample: temperature 0 is greedy; generation ends at an end-of-text id, at a `stop` string or at the limit.
 
     `seed` is that of a request, for engines that sample by it (`rollout.deterministic`); each of its samples has its own.
+    `role` is who speaks, for what has another engine for each.
     """
 
     temperature: float
@@ -60,6 +61,7 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    role: Role = "reasoner"
 
     def seed_of(self, index: int) -> int | None:
         """The seed of one of a request's samples: engines hash seeds, so neighbours have nothing in common."""
@@ -122,6 +124,9 @@ class InvalidReason(str, Enum):
     LONG_STRING = "long_string"
     UNGROUNDED = "ungrounded"
     REFERS_TO_PASSAGE = "refers_to_passage"
+    COPIED = "copied"
+    GIVES_AWAY = "gives_away"
+    DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,7 @@ class Attempt(Packed):
     `grounded`: the answer occurs in the passage and not in the question (None for an invalid attempt).
     `in_group`: it is one of the G that are rewarded and trained on; only then `reward` and `advantage` are set.
     `is_reasoner_task`: its answers are the Reasoner's training group.
+    `grounded_answers`, `options_only_answers`: of an audit (`audit/reanswer.py`); nobody is paid by them.
     """
 
     completion: Completion
@@ -162,6 +168,8 @@ class Attempt(Packed):
     reward: float | None = None
     advantage: float | None = None
     is_reasoner_task: bool = False
+    grounded_answers: tuple[Answer, ...] = ()
+    options_only_answers: tuple[Answer, ...] = ()
 
     @property
     def pass_rate(self) -> float | None:

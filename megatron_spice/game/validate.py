@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from megatron_spice.config.schema import GameConfig
+from megatron_spice.game.audit.flags import flags_of
 from megatron_spice.game.expression import looks_mathematical
 from megatron_spice.game.grounding import refers_to_passage
 from megatron_spice.game.numerals import is_integer
@@ -53,11 +54,15 @@ def read_attempt(completion: Completion, answer_type: AnswerType, style: PromptS
     return check_task(parsed) or parsed
 
 
-def check_switches(task: Task, grounded: bool | None, config: GameConfig) -> InvalidReason | None:
-    """The rules beyond the paper's: `game.grounding` and `game.reject_references`. `grounded` is None without a
-    passage."""
+def check_switches(task: Task, grounded: bool | None, config: GameConfig, passage: str | None = None) -> InvalidReason | None:
+    """The rules beyond the paper's: `game.grounding` and `game.reject_...`. `grounded` and `passage` are None without one."""
     if config.grounding == "span" and grounded is False:
         return InvalidReason.UNGROUNDED
     if config.reject_references and refers_to_passage(task.question):
         return InvalidReason.REFERS_TO_PASSAGE
-    return None
+    if config.reject_copies is None and not config.reject_giveaways:
+        return None
+    flags = flags_of(task, passage)
+    if config.reject_copies is not None and (flags.copied_words or 0) >= config.reject_copies:
+        return InvalidReason.COPIED
+    return InvalidReason.GIVES_AWAY if config.reject_giveaways and flags.gives_away else None

@@ -79,6 +79,37 @@ def test_variance_reward_is_symmetric_peaks_at_half_and_beats_invalid(rate):
     assert reward > 0.0 > -0.1
 
 
+KINDS = ("variance", "threshold", "r_zero", "absolute_zero")
+RATES = st.integers(1, 64).flatmap(lambda k: st.tuples(st.integers(0, k), st.just(k)))
+
+
+@given(st.sampled_from(KINDS), RATES)
+def test_every_reward_lies_between_nothing_and_one_and_above_the_penalty(kind, rate):
+    reward = challenger_reward(kind, rate[0] / rate[1])
+    assert 0.0 <= reward <= 1.0
+    assert reward > -0.1, "a valid task is never worth less than an invalid attempt"
+
+
+@given(st.sampled_from(("variance", "threshold", "r_zero")), RATES)
+def test_all_but_absolute_zero_do_not_tell_too_hard_from_too_easy(kind, rate):
+    correct, answers = rate
+    assert challenger_reward(kind, correct / answers) == pytest.approx(challenger_reward(kind, (answers - correct) / answers))
+
+
+@given(st.integers(1, 32))
+def test_where_each_reward_is_largest(half):
+    answers = 2 * half
+    paid = {kind: [challenger_reward(kind, correct / answers) for correct in range(answers + 1)] for kind in KINDS}
+    for kind in ("variance", "r_zero"):
+        assert paid[kind].index(max(paid[kind])) == half and paid[kind][half] == 1.0
+        assert paid[kind][: half + 1] == sorted(paid[kind][: half + 1])
+    assert paid["threshold"] == [0.0] + [1.0] * (answers - 1) + [0.0]
+    assert paid["absolute_zero"][1] == max(paid["absolute_zero"]) == pytest.approx(1 - 1 / answers)
+    assert paid["absolute_zero"][1:] == sorted(paid["absolute_zero"][1:], reverse=True)
+    for kind in ("threshold", "r_zero", "absolute_zero"):
+        assert paid[kind][0] == paid[kind][-1] == 0.0, "what nobody or everybody answers is worth nothing"
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="spicy"):
         challenger_reward("spicy", 0.5)

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 
 from megatron_spice.config.schema import GameConfig
+from megatron_spice.game.audit.reanswer import reanswered
 from megatron_spice.game.episodes import episode_record, metrics, trajectories
-from megatron_spice.game.play import play_passage
+from megatron_spice.game.play import Table, Wording, play_passage
 from megatron_spice.game.records import InvalidReason
 from megatron_spice.game.rewards import challenger_reward
 from scripted_game import GHANA, CodePoints, Scripted, text_of
@@ -383,3 +384,61 @@ def test_limits_and_stop_strings_by_role(play):
     assert (engine.calls[0][2].max_new_tokens, engine.calls[0][2].stop) == (48, ("\n\n",))
     assert (engine.calls[1][2].max_new_tokens, engine.calls[1][2].stop) == (12, ("\n",))
     assert "Ghana" not in engine.calls[1][0] and text_of(()) == ""
+
+
+def test_switches_that_make_copies_giveaways_and_repeats_invalid(play):
+    texts = [
+        " What is the capital of it?\nAnswer: Accra",
+        " Where do 33,846,114 people live there, its capital being what?\nAnswer: Accra",
+        " Of Accra and Lagos, which is the capital?\nAnswer: Accra",
+        " what is THE capital of it ?\nAnswer: Lagos",
+    ]
+    settings = {"reject_copies": 4, "reject_giveaways": True, "reject_duplicates": True}
+    episode, _ = play(_script([texts]), _few_shot(**settings))
+    assert [attempt.invalid for attempt in episode.attempts] == [
+        None, InvalidReason.COPIED, InvalidReason.GIVES_AWAY, InvalidReason.DUPLICATE
+    ]  # fmt: skip
+    episode, _ = play(_script([texts]), _few_shot())
+    assert all(attempt.invalid is None for attempt in episode.attempts), "off by default"
+
+
+def test_another_challenger_is_asked_in_its_own_words_and_by_its_role(loop, verifier):
+    class OtherCodePoints(CodePoints):
+        def encode_prompt(self, prompt):
+            return [number + 1 if number else 0 for number in super().encode_prompt(prompt)]
+
+    engine = Scripted(_script([_texts("vvvv")]))  # two lines, where JSON is asked for
+    other = Wording.of("chat", OtherCodePoints())
+    episode = loop.run_until_complete(
+        play_passage(
+            GHANA, iteration=1, slot=0, engine=engine, tokenizer=CodePoints(), verifier=verifier,
+            config=_few_shot(attempts=4), temperature=1.0, top_p=1.0, seed=0, challenger=other,
+        )
+    )  # fmt: skip
+    assert episode.prompt_style == "chat"
+    assert [attempt.invalid for attempt in episode.attempts] == [InvalidReason.UNPARSABLE] * 4
+    prompt, _, sampling = engine.calls[0]
+    assert "JSON" in "".join(chr(ord(letter) - 1) for letter in prompt) and sampling.role == "challenger"
+
+
+def test_a_task_is_answered_again_with_its_passage_in_view_and_only_then(loop, verifier):
+    engine = Scripted(_script([_texts("vvvv")], lambda question: 1 if "Passage" in question else 3))
+    config = _few_shot()
+    episode = loop.run_until_complete(
+        play_passage(
+            GHANA, iteration=1, slot=0, engine=engine, tokenizer=CodePoints(), verifier=verifier, config=config, temperature=1.0,
+            top_p=1.0, seed=0,
+        )
+    )  # fmt: skip
+    before = len(engine.calls)
+    wording = Wording.of("few_shot", CodePoints())
+    table = Table(engine, verifier, config, wording, wording, 1.0, 1.0, (0, 1, 0))
+    audited = loop.run_until_complete(reanswered(table, episode, grounded=3, options_only=2))
+    [(prompt, count, sampling)] = engine.calls[before:]
+    assert GHANA.text in prompt and prompt.endswith("\nAnswer:") and (count, sampling.role) == (3, "reasoner")
+    asked = [attempt for attempt in audited.attempts if attempt.grounded_answers]
+    assert len(asked) == 1 and asked[0].is_reasoner_task and asked[0].options_only_answers == ()
+    assert trajectories([audited], config) == trajectories([episode], config), "nobody is trained on an audit"
+    record = episode_record(audited)
+    assert sum("grounded_answers" in attempt for attempt in record["attempts"]) == 1
+    assert GHANA.text not in engine.calls[before - 1][0]
