@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_spice.config.errors import storing
@@ -60,16 +61,19 @@ def read_json_lines(path: Path) -> list[dict]:
     Raises:
         ValueError: a line before the last is broken.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-    return records
+    return list(each_json_line(path))
+
+
+def each_json_line(path: Path) -> Iterator[dict]:
+    """The same, one record at a time: a run's episodes may be gigabytes."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 
 def _length_through(path: Path, iteration: int) -> int:
