@@ -16,6 +16,10 @@ from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
 from megatron_spice.config.schema import Config
 
+NO_SECOND_ENGINE = (
+    "game.fixed_challenger=true keeps a second engine beside each, which on CUDA would take the memory of the first; serve "
+    "policy.model as it is elsewhere (python -m sglang.launch_server --model-path ...) and name it in rollout.challenger.engines"
+)
 CORPUS_FORMAT = 2  # that of corpus/manifest.py, which a check does not need to load
 
 
@@ -26,7 +30,7 @@ def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
         ConfigError: it cannot run; the message holds everything that is in the way.
     """
     problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config) + check_offload(config)
-    problems += check_remote_engines(config)
+    problems += check_remote_engines(config) + check_challenger(config)
     architecture = None
     try:
         architecture = read_architecture(config.policy.model)
@@ -52,6 +56,14 @@ def check_paths(config: Config) -> list[str]:
         problems.append(
             "corpus.loader=dali: NVIDIA DALI is not installed; `.venv/bin/python -m pip install nvidia-dali-cuda130==2.4.0`, "
             "or corpus.loader=mmap, which reads the same passages"
+        )
+    pairs = config.warmup.pairs
+    if pairs is not None and not pairs.is_file():
+        problems.append(f"warmup.pairs={pairs} is not there; make it with `python tools/export_curriculum.py RUN_DIR {pairs}`")
+    if pairs is not None and config.game.fixed_challenger:
+        problems.append(
+            f"warmup.pairs={pairs} changes policy.model, which game.fixed_challenger=true keeps as it is; warm up in a run of its own "
+            "and give its checkpoint as policy.model"
         )
     if config.run.dir.exists() and not config.run.dir.is_dir():
         problems.append(f"run.dir={config.run.dir} is a file; name a folder, which is made when it is not there")
@@ -136,6 +148,41 @@ def check_remote_engines(config: Config) -> list[str]:
                 f"rollout.{key}={getattr(rollout, key)} is for colocated engines, and rollout.engines names {len(places)} that "
                 f"run already, with ranks of their own; leave rollout.{key} out, or rollout.engines"
             )
+    return [problem for problem in problems if problem]
+
+
+def check_challenger(config: Config) -> list[str]:
+    """Who writes the tasks where the policy does not."""
+    told, rollout = config.rollout.challenger, config.rollout
+    if not config.game.fixed_challenger:
+        given = [key for key in ("engines", "tokenizer", "prompt_style") if getattr(told, key)]
+        if not given:
+            return []
+        return [
+            f"rollout.challenger.{given[0]} is set and game.fixed_challenger=false lets the policy write the tasks; give "
+            "game.fixed_challenger=true, or leave rollout.challenger out"
+        ]
+    if not told.engines:
+        if config.cluster.device == "cuda":
+            return [NO_SECOND_ENGINE]
+        return []
+    problems = [_not_an_address("rollout.challenger.engines", url) for url in told.engines]
+    if told.tokenizer is not None and not (told.tokenizer / "tokenizer.json").is_file():
+        problems.append(
+            f"rollout.challenger.tokenizer={told.tokenizer} holds no tokenizer.json; give the Hugging Face folder of that model"
+        )
+    own = {url.rstrip("/").lower() for url in rollout.engines}
+    for url in told.engines:
+        if url.rstrip("/").lower() in own:
+            problems.append(
+                f"rollout.challenger.engines and rollout.engines both name {url}, whose model changes; give another server for the "
+                "Challenger"
+            )
+    if rollout.oversample > 1:
+        problems.append(
+            f"rollout.oversample={rollout.oversample:g} cuts requests short, and others may be asking the servers of "
+            "rollout.challenger.engines; give rollout.oversample=1"
+        )
     return [problem for problem in problems if problem]
 
 

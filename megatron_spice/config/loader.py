@@ -3,7 +3,8 @@
     load_config("examples/quickstart.yaml", ["train.iterations=2", "game.answer_types=[String]"])
 
 Overrides are YAML too, so `true`, `null`, `[a, b]` and `1e-6` mean what they mean in a recipe. Relative paths are taken
-from the current directory. There is no inheritance between recipes and no substitution: a recipe says all it says.
+from the current directory. A recipe that differs from another in a few values names it, from its own folder, and says only
+those: `base: ../quickstart.yaml`. There is no other substitution; `plan` prints the whole.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: the file cannot be read or parsed, or holds unknown keys, wrong or missing values. Its message
             names every such key, the value found and what to write instead.
     """
-    tree = _fill_empty_sections(_read(Path(path)))
+    tree = _read_with_base(Path(path), ())
     problems: list[str] = []
     for override in overrides or []:
         problems += _apply(tree, override)
@@ -42,6 +43,30 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)), str(path))
     return config
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The recipe over what its `base` says; a value that is a map, such as `corpus.weights`, is replaced as a whole."""
+    tree = _fill_empty_sections(_read(path))
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base={_show(base)} is not a path; give one recipe's, from this one's folder")
+    below, above = path.parent / base, (*above, path.resolve())
+    if below.resolve() in above:
+        raise ConfigError(f"{path}: base={base} leads back to a recipe that is being read; leave one of the bases out")
+    if not below.is_file():
+        raise ConfigError(f"{path}: base={base} is not there; it is taken from {path.parent}")
+    return _over(_read_with_base(below, above), tree, "")
+
+
+def _over(below: dict[str, Any], above: dict[str, Any], prefix: str) -> dict[str, Any]:
+    merged, known = dict(below), sections()
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _over(below[key], value, f"{prefix}{key}.") if both and f"{prefix}{key}" in known else value
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -184,8 +184,10 @@ def _on_a_node(
         nodes.append(list(sums.values()))
     fullest = max(range(len(nodes)), key=lambda node: sum(part.training for part in nodes[node]))
     engines, shards = 0 if rollout.engines else rollout.engines_per_node, rollout.tensor_parallel_size
-    works = engines * (ENGINE_CONTEXT["cpu"] + ENGINE_WORKS["cpu"])
     buckets = engines * BUCKETS["cpu"] * _bucket(config, architecture)
+    if config.game.fixed_challenger and not rollout.challenger.engines:  # beside each engine, wherever that is, a second
+        engines += engines or -(-len(rollout.engines) * per_node // layout.world_size)
+    works = engines * (ENGINE_CONTEXT["cpu"] + ENGINE_WORKS["cpu"])
     parts = nodes[fullest] + [
         _always("engines' weights", engines * shards * engine_weights(config, architecture, on_cuda=False)),
         _always("engines' KV caches", engines * shards * rollout.max_total_tokens * _token_bytes(config, architecture)),

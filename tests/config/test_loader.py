@@ -187,3 +187,43 @@ def test_one_wrong_letter_still_finds_the_key(key, data):
     near = nearest(f"{section}.{last[:at]}{last[at + 1 :]}")
     assert near is not None
     assert near == key or near.rsplit(".", 1)[1] != last
+
+
+def test_a_recipe_over_its_base_says_only_what_differs(write_recipe, tmp_path):
+    base = write_recipe(train={"seed": 3, "passages": 7}, game={"group_size": 4, "verifier": {"timeout": 5}})
+    deeper = tmp_path / "deeper"
+    deeper.mkdir()
+    recipe = deeper / "ablation.yaml"
+    recipe.write_text("base: ../recipe.yaml\ntrain: {passages: 2}\ngame:\n  verifier: {workers: 3}\ncheckpoint:\n")
+    config, below = load_config(recipe, ["train.iterations=9"]), load_config(base)
+    assert (config.train.seed, config.train.passages, config.train.iterations) == (3, 2, 9)
+    assert (config.game.group_size, config.game.verifier.timeout, config.game.verifier.workers) == (4, 5, 3)
+    assert config.policy == below.policy and config.checkpoint == below.checkpoint
+    further = deeper / "further.yaml"
+    further.write_text("base: ablation.yaml\ntrain: {seed: 4}\n")
+    assert (load_config(further).train.seed, load_config(further).train.passages) == (4, 2)
+
+
+def test_a_map_of_values_is_replaced_not_mixed(write_recipe, tmp_path):
+    base = write_recipe()
+    path = yaml.safe_load(base.read_text())["corpus"]["path"]
+    write_recipe(corpus={"path": path, "weights": {"a": 0.5, "b": 0.5}})
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text("base: recipe.yaml\ncorpus: {weights: {a: 1.0}}\n")
+    assert load_config(recipe).corpus.weights == {"a": 1.0}
+    assert str(load_config(recipe).corpus.path) == path
+
+
+@pytest.mark.parametrize("text, words", [
+    ("base: nowhere.yaml\n", ["base=nowhere.yaml", "is not there"]),
+    ("base: [a, b]\n", ["base=", "is not a path"]),
+    ("base: one.yaml\n", ["base=one.yaml", "leads back"]),
+    ("base: recipe.yaml\ntrain: {iteration: 3}\n", ["train.iteration", "did you mean train.iterations"]),
+])  # fmt: skip
+def test_what_is_wrong_with_a_base_is_named(write_recipe, tmp_path, text, words):
+    write_recipe()
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,102 @@
+"""Who writes the tasks when the policy does not: the model that training began with, or servers with another one.
+
+The paper's *Fixed Challenger* keeps the initial weights throughout, so leaving its trajectories out of the update is not enough:
+the shared weights move with the Reasoner. Each of the run's engines therefore gets a second one beside it. On a CPU that is one
+more server with the initial weights from disk; on an accelerator, where it would take the memory of the first, the initial
+model is served elsewhere and named in `rollout.challenger.engines`, as the *Strong Challenger* is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_spice.checkpoint import store
+from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.checks import NO_SECOND_ENGINE
+from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.schema import Config
+from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.game.play import Wording
+from megatron_spice.rollout.engine import Engine
+from megatron_spice.rollout.served_model import KEY_VARIABLE, ServedModel
+from megatron_spice.rollout.supervisor import SglangEngine
+
+INITIAL = "initial_model"
+"""Folder of a run: the Hugging Face form of the weights that it began with."""
+
+
+def wording(config: Config, tokenizer: TextTokenizer) -> Wording | None:
+    """How the Challenger is spoken to; None: like the Reasoner.
+
+    Raises:
+        ConfigError: the folder of `rollout.challenger.tokenizer` holds none.
+    """
+    told = config.rollout.challenger
+    if not told.engines:
+        return None
+    if told.tokenizer is not None:
+        tokenizer = TextTokenizer.from_dir(told.tokenizer)
+    return Wording.of(told.prompt_style or config.game.prompt_style, tokenizer)
+
+
+def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], tokenizer: TextTokenizer) -> list[Engine]:
+    """An engine for each of this rank's, which have these numbers among all of the run's. A collective of all ranks.
+
+    Raises:
+        ConfigError: on all ranks together; a server is not there, or cannot be used, or the initial weights cannot be written.
+    """
+    urls = config.rollout.challenger.engines
+    if not urls and topology.device == "cuda":
+        raise ConfigError(NO_SECOND_ENGINE)
+    if not urls:
+        return _colocated(config, topology, numbers, _initial_model(config, topology))
+    told = config.rollout.challenger.tokenizer
+    vocabulary = (TextTokenizer.from_dir(told) if told else tokenizer).vocab_size
+    context = config.rollout.context_length or config.game.challenger_max_tokens + 1
+    key = os.environ.get(KEY_VARIABLE, "")
+    found = [ServedModel(urls[number % len(urls)], config.rollout, key, vocabulary, context) for number in numbers]
+    problems: list[str] = []
+    for engine in found:
+        try:
+            engine.introduce()
+        except ConfigError as error:
+            problems += error.problems
+    _raise_together(problems)
+    return found
+
+
+def _colocated(config: Config, topology: Topology, numbers: Sequence[int], model: Path) -> list[Engine]:
+    made: list[Engine] = []
+    for number in numbers:
+        rollout = config.rollout.model_copy(update={"seed": (config.rollout.seed + 15485863) % 2**31})
+        log_path = config.run.dir / "logs" / f"engine_challenger_{number}.log"
+        made.append(SglangEngine(rollout, topology, config.policy.precision, model, log_path, load_format="auto"))
+    return made
+
+
+def _initial_model(config: Config, topology: Topology) -> Path:
+    """The Hugging Face folder of `policy.model`, written into the run's folder if it is a Megatron checkpoint."""
+    model, folder = config.policy.model, config.run.dir / INITIAL
+    if not store.is_megatron(model):
+        return model
+    problems: list[str] = []
+    if topology.is_first:
+        from megatron_spice.convert.hf_form import hugging_face_form
+
+        try:
+            hugging_face_form(model, folder)
+        except (ValueError, OSError) as error:
+            problems.append(f"game.fixed_challenger=true needs policy.model={model} as a Hugging Face folder: {error}")
+    _raise_together(problems)
+    return folder
+
+
+def _raise_together(problems: list[str]) -> None:
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, problems)
+    if found := [problem for each in everyone for problem in each]:
+        raise ConfigError(list(dict.fromkeys(found)))
