@@ -1,0 +1,97 @@
+"""Whether a reader of the passage gives a run's gold answers: an audit after the run, by any model.
+
+The run's own audit (`audit.grounded_answers`) asks the policy itself, which shares its writer's mistakes. A stronger model asked
+afterwards, over the whole run, says more. Tasks are drawn evenly over the run, one a passage: the one the Reasoner was trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_spice.config.schema import Config
+from megatron_spice.crossplay.matrix import interval
+from megatron_spice.crossplay.players import Player, served
+from megatron_spice.crossplay.session import session
+from megatron_spice.curriculum.rows import Run
+from megatron_spice.game.audit.reanswer import grounded_answers
+from megatron_spice.game.play import Table
+from megatron_spice.game.records import Passage, Task
+from megatron_spice.telemetry.json_lines import each_json_line
+
+FOLDER = "audit"
+PARTS = 4
+"""Parts of a run that agreement is told for."""
+
+
+def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Lets `reader` answer up to `tasks` of the run's tasks with their passages in view, `answers` times each.
+
+    Lines go to the run's `audit/agreement-NAME.jsonl`, and are not asked for again. Returns the summary.
+
+    Raises:
+        ValueError: there is nothing to ask: no task, or tasks were written without passages.
+    """
+    if not run.has_corpus:
+        raise ValueError(f"{run.folder} wrote its tasks without passages (game.no_corpus=true): nobody can read them again")
+    path = run.folder / FOLDER / f"agreement-{reader.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    wanted = _sample(run, tasks)
+    if not wanted:
+        raise ValueError(f"{run.folder} has no task to ask again")
+    there = {(line["begun"], line["slot"]) for line in each_json_line(path)} if path.exists() else set()
+    items = [(item["slot"], item) for item in wanted if (item["begun"], item["slot"]) not in there]
+
+    async def again(table: Table, item: dict[str, Any]) -> None:
+        found = item["passage"]
+        passage = Passage(found["index"], found["document"], found["source"], (), found["text"])
+        said = await grounded_answers(table, Task(**item["task"]), passage, answers, f"agreement {item['begun']}")
+        line = {key: item[key] for key in ("iteration", "begun", "slot", "task", "pass_rate")}
+        line |= {"correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    if items:
+        say(f"{reader.name} answers {len(items)} tasks with their passages in view")
+        with served(reader, config, run.folder / FOLDER, device) as (engine, tokenizer):
+            asyncio.run(session(config, engine, tokenizer, 0, items, again))
+    return summary(path)
+
+
+def _sample(run: Run, count: int) -> list[dict[str, Any]]:
+    """Up to `count` of the Reasoner's tasks, evenly over the run, with their passages."""
+    total = sum(any(attempt["is_reasoner_task"] for attempt in episode["attempts"]) for episode in run.episodes())
+    keep = {number * total // count for number in range(count)} if total > count else set(range(total))
+    found, number = [], 0
+    for episode in run.episodes():
+        for attempt in episode["attempts"]:
+            if not attempt["is_reasoner_task"]:
+                continue
+            if number in keep:
+                rate = fmean(answer["correct"] for answer in attempt["answers"])
+                same = {key: episode[key] for key in ("iteration", "begun", "slot", "passage")}
+                found.append({**same, "task": attempt["task"], "pass_rate": rate})
+            number += 1
+    return found
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Agreement, with its interval over tasks, and the pass rate of the same tasks, of the whole run and of its parts."""
+    lines = sorted(each_json_line(path), key=lambda line: (line["iteration"], line["slot"]))
+    cuts = [number * len(lines) // PARTS for number in range(PARTS + 1)]
+    parts = [lines[start:end] for start, end in zip(cuts, cuts[1:]) if start < end]
+    return {"all": _told(lines), "parts": [_told(part) for part in parts]}
+
+
+def _told(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    rates = [fmean(line["correct"]) for line in lines]
+    low, high = interval(rates)
+    passed = fmean(line["pass_rate"] for line in lines)
+    return {
+        "iterations": [lines[0]["iteration"], lines[-1]["iteration"]], "tasks": len(lines), "agreement": fmean(rates), "low": low,
+        "high": high, "pass_rate": passed, "pass_minus_agreement": passed - fmean(rates),
+    }  # fmt: skip

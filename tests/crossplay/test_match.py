@@ -1,0 +1,86 @@
+"""A match without engines: names, intervals, the table, and what an interrupted one still has to play."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_spice.config.loader import load_config
+from megatron_spice.crossplay.match import Match
+from megatron_spice.crossplay.matrix import interval, matrix, table
+from megatron_spice.crossplay.players import Player, check, players
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+@settings(max_examples=20)
+def test_an_interval_holds_the_mean_and_lies_within_the_values(values):
+    low, high = interval(values)
+    assert min(values) - 1e-9 <= low <= fmean(values) + 1e-9 and fmean(values) - 1e-9 <= high <= max(values) + 1e-9
+    assert interval(values) == (low, high), "it is reproducible"
+    if len(set(values)) == 1:
+        assert low == pytest.approx(high)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = random.Random(0)
+    samples = [[float(rng.random() < 0.4) for _ in range(60)] for _ in range(100)]
+    held = sum(low <= 0.4 <= high for low, high in map(interval, samples))
+    assert 88 <= held <= 99
+
+
+def test_models_are_named_or_named_after_their_folders():
+    found = players("early=runs/a/iteration_8, runs/b/iteration_50,http://gpu7:30000")
+    assert found == [
+        Player("early", "runs/a/iteration_8"), Player("b-iteration_50", "runs/b/iteration_50"), Player("-gpu7_30000", "http://gpu7:30000")
+    ]  # fmt: skip
+    assert [player.is_url for player in found] == [False, False, True]
+    with pytest.raises(ValueError, match="two models are called x"):
+        players("x=a,x=b")
+    with pytest.raises(ValueError, match="names no model"):
+        players(" , ")
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="late: .*nowhere is not there"):
+        check(Player("late", str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="holds no model"):
+        check(Player("late", str(tmp_path)))
+    check(Player("server", "http://gpu7:30000"))
+
+
+def _lines(path: Path, lines: list[dict], torn: str = "") -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+
+
+def test_an_interrupted_match_has_the_rest_to_play_and_its_numbers_are_those_of_its_lines(tmp_path):
+    early, late = Player("early", "a"), Player("late", "b")
+    match = Match(load_config(QUICKSTART), tmp_path, 3, 0, "cpu")
+    task = {"question": "Which?", "gold_answer": "x", "answer_type": "String"}
+    wrote = [{"slot": slot, "attempts": 8, "valid": slot, "task": task if slot else None} for slot in (2, 0, 1)]
+    _lines(tmp_path / "tasks-early.jsonl", wrote)
+    _lines(tmp_path / "tasks-late.jsonl", wrote[:1], torn='{"slot": 1, "att')
+    assert match._missing_tasks(early) == [] and match._missing_tasks(late) == [0, 1]
+    assert (tmp_path / "tasks-late.jsonl").read_text().endswith("}\n"), "half a line is taken away"
+    _lines(tmp_path / "answers-late.jsonl", [{"challenger": "early", "slot": 1, "correct": [True, True, False, False]}])
+    missing = match._missing_answers(late, [early, late])
+    assert [(line["challenger"], line["slot"]) for line in missing] == [("early", 2), ("late", 2)]
+
+    found = matrix(match, [early, late], [late])
+    assert found["challengers"]["early"] == {"passages": 3, "with_task": 2, "valid_share": 3 / 24}
+    assert [(pair["tasks"], pair["pass_rate"]) for pair in found["pairs"]] == [(1, 0.5), (0, None)]
+    assert "0.500 [0.500, 0.500] n=1" in table(found) and "no task" in table(found)
+
+
+def test_other_rules_are_another_match(tmp_path):
+    Match(load_config(QUICKSTART), tmp_path, 3, 0, "cpu")
+    Match(load_config(QUICKSTART), tmp_path, 3, 0, "cpu")
+    with pytest.raises(ValueError, match="other rules"):
+        Match(load_config(QUICKSTART), tmp_path, 4, 0, "cpu")

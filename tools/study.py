@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Recipes x seeds as one command: trains each, evaluates before and after, lets early and late checkpoints meet, and sums up.
+
+    python tools/study.py examples/studies/components.yaml            # the same command goes on where it was interrupted
+    python tools/study.py examples/studies/components.yaml --dry-run  # what is still to be done
+
+A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if wanted `overrides` (for all runs), `evaluate` (arguments of
+tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
+reasoners, such as ["--passages", "64"]). Jobs run one after the other; one that fails ends the study with its exit code. OUTPUT gets
+summary.json and summary.txt. Intervals are bootstrapped over seeds: with three of them they say little more than the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
+
+from megatron_spice.checkpoint import store  # noqa: E402
+from megatron_spice.config.errors import ConfigError  # noqa: E402
+from megatron_spice.config.loader import load_config  # noqa: E402
+from megatron_spice.crossplay.matrix import interval  # noqa: E402
+from megatron_spice.telemetry.json_lines import read_json_lines  # noqa: E402
+from megatron_spice.telemetry.run_log import METRICS_NAME  # noqa: E402
+
+ENDS = ("reasoner/pass_rate", "challenger/valid_share", "challenger/reward", "challenger/grounded_share", "audit/constant_gold")
+LAST = 0.1
+"""Share of a run's iterations that its end is averaged over."""
+
+
+class Study(BaseModel):
+    """What is studied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Path
+    seeds: list[int] = Field(min_length=1)
+    recipes: dict[str, Path] = Field(min_length=1)
+    overrides: list[str] = []
+    evaluate: list[str] = []
+    crossplay: list[str] = []
+
+
+class Job(NamedTuple):
+    """A command, and the file whose being there says that it is done."""
+
+    command: list[str]
+    done: Path
+
+
+class Trained(NamedTuple):
+    """One recipe with one seed."""
+
+    name: str
+    seed: int
+    folder: Path
+    arguments: list[str]
+    model: Path
+    iterations: int
+
+    def checkpoint(self, iteration: int) -> Path:
+        """Where the checkpoint of an iteration is."""
+        return store.folder_of(self.folder) / store.name_of(iteration)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Does what is left of a study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
+    options = parser.parse_args(arguments)
+    try:
+        study = read(options.study)
+        runs = list(trained(study))
+    except (ValueError, OSError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    for job in jobs(study, runs, options.dry_run):
+        print(shlex.join(job.command), flush=True)
+        if options.dry_run:
+            continue
+        job.done.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"SPICE_VENV": os.environ.get("SPICE_VENV", sys.prefix)}
+        code = subprocess.run(job.command, cwd=ROOT, env=environment, check=False).returncode
+        if code:
+            print(f"study: exit code {code}; the same command goes on from here", file=sys.stderr)
+            return code
+    if not options.dry_run:
+        found = summary(study, runs)
+        (study.output / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+        (study.output / "summary.txt").write_text(text := table(found))
+        print(text, end="")
+    return 0
+
+
+def read(path: Path) -> Study:
+    """The study in a file.
+
+    Raises:
+        ValueError: it is none; the message names the key.
+    """
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ValueError(f"{path}: {problems}") from None
+
+
+def trained(study: Study) -> Iterator[Trained]:
+    """Every recipe with every seed, read and checked as far as can be told before anything starts.
+
+    Raises:
+        ConfigError: a recipe is wrong.
+    """
+    for seed in study.seeds:  # seed by seed, so that what is there first can be compared
+        for name, recipe in study.recipes.items():
+            folder = study.output.resolve() / f"{name}-seed{seed}"
+            own = [*study.overrides, f"run.dir={folder}", f"train.seed={seed}"]
+            try:
+                config = load_config(recipe, own)
+            except ConfigError as error:
+                raise ConfigError(error.problems, f"{recipe} ({name})") from None
+            kept = [f"checkpoint.keep={max(config.checkpoint.keep, 1 + config.train.iterations // config.checkpoint.every)}"]
+            arguments = [str(recipe), *own, *(kept if study.crossplay else [])]
+            yield Trained(name, seed, folder, arguments, config.policy.model, config.train.iterations)
+
+
+def jobs(study: Study, runs: Sequence[Trained], dry_run: bool = False) -> Iterator[Job]:
+    """What is left to do, in order; asked for one by one, since later ones look at what earlier ones have made."""
+    tools = [sys.executable, str(ROOT / "tools")]
+    for run in runs:
+        if not run.checkpoint(run.iterations).exists():
+            yield Job(["bash", str(ROOT / "slurm" / "spice.sh"), *run.arguments], run.checkpoint(run.iterations))
+        if study.evaluate:
+            for model, folder in ((run.model, _before(study, run.model)), (run.checkpoint(run.iterations), run.folder / "evaluation")):
+                if not (folder / "results.json").exists():
+                    command = [tools[0], f"{tools[1]}/evaluate.py", "run", str(model), "--recipe", run.arguments[0], *study.evaluate]
+                    yield Job([*command, "--output", str(folder)], folder / "results.json")
+        if study.crossplay:
+            folder = run.folder / "crossplay"
+            saved = store.whole_checkpoints(store.folder_of(run.folder)) or [run.checkpoint(0), run.checkpoint(run.iterations)]
+            models = f"early={saved[0]},late={saved[-1]}"
+            command = [tools[0], f"{tools[1]}/crossplay.py", run.arguments[0], str(folder), "--challengers", models, "--reasoners", models]
+            if not (folder / "matrix.json").exists():
+                yield Job([*command, *study.crossplay, *study.overrides], folder / "matrix.json")
+
+
+def _before(study: Study, model: Path) -> Path:
+    return study.output / "before" / str(model).strip("/").replace("/", "-")
+
+
+def summary(study: Study, runs: Sequence[Trained]) -> dict[str, Any]:
+    """By recipe and quantity: each seed's number, their mean with its interval, and the difference from the first recipe."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        for quantity, value in _numbers(study, run).items():
+            found.setdefault(quantity, {}).setdefault(run.name, {})[run.seed] = value
+    first = next(iter(study.recipes))
+    result: dict[str, Any] = {"seeds": study.seeds, "compared_with": first, "quantities": {}}
+    for quantity, by_recipe in found.items():
+        told = result["quantities"][quantity] = {}
+        for name, by_seed in by_recipe.items():
+            told[name] = {"by_seed": by_seed, **_mean(list(by_seed.values()))}
+            both = [seed for seed in by_seed if seed in by_recipe.get(first, {})]
+            if name != first and both:
+                told[name]["difference"] = _mean([by_seed[seed] - by_recipe[first][seed] for seed in both])
+    return result
+
+
+def _numbers(study: Study, run: Trained) -> dict[str, float]:
+    """A run's end, its evaluations, and what early and late checkpoints made of each other."""
+    lines = read_json_lines(run.folder / METRICS_NAME)
+    last = lines[-max(1, round(LAST * len(lines))) :]
+    numbers = {name: fmean(line[name] for line in last if name in line) for name in ENDS if any(name in line for line in last)}
+    after, before = (_scores(folder) for folder in (run.folder / "evaluation", _before(study, run.model)))
+    for task, score in after.items():
+        numbers[f"evaluation/{task}"] = score
+        if task in before:
+            numbers[f"evaluation/{task} less before"] = score - before[task]
+    path = run.folder / "crossplay" / "matrix.json"
+    if path.exists():
+        for pair in json.loads(path.read_text())["pairs"]:
+            if pair["pass_rate"] is not None:
+                numbers[f"crossplay/{pair['challenger']} Challenger, {pair['reasoner']} Reasoner"] = pair["pass_rate"]
+    return numbers
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    path = folder / "results.json"
+    return {task["task"]: task["mean"] for task in json.loads(path.read_text())["tasks"]} if path.exists() else {}
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    low, high = interval(values)
+    return {"mean": fmean(values), "low": low, "high": high, "seeds": len(values)}
+
+
+def table(found: dict[str, Any]) -> str:
+    """One line a quantity and recipe."""
+    lines = []
+    for quantity, by_recipe in found["quantities"].items():
+        lines.append(quantity)
+        for name, told in by_recipe.items():
+            line = f"  {name:24} {told['mean']:8.4f} [{told['low']:.4f}, {told['high']:.4f}] over {told['seeds']} seed(s)"
+            if other := told.get("difference"):
+                line += f"; less {found['compared_with']}: {other['mean']:+.4f} [{other['low']:+.4f}, {other['high']:+.4f}]"
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
