@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megatron_spice import challenger
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster.free_memory import EngineRoom
 from megatron_spice.cluster.interruption import Interruption
@@ -22,13 +23,16 @@ from megatron_spice.config.describe import resolved
 from megatron_spice.config.engine_weights import quantization_config
 from megatron_spice.config.errors import ConfigError, storing
 from megatron_spice.config.hf import hugging_face_folder, read_architecture
-from megatron_spice.config.schema import Config
+from megatron_spice.config.schema import AuditConfig, Config
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.curriculum.pairs import Pairs
+from megatron_spice.game.audit.metrics import Audit
+from megatron_spice.game.audit.reanswer import reanswered
 from megatron_spice.game.baselines import RoleBaselines
 from megatron_spice.game.carried import Game, game_from_state, game_state, new_games
-from megatron_spice.game.play import play_passage
+from megatron_spice.game.play import Table, Wording, play_passage
 from megatron_spice.game.records import Episode, Generator, Passage
 from megatron_spice.game.verify import Verifier
 from megatron_spice.policy import memory_budget
@@ -39,7 +43,9 @@ from megatron_spice.rollout.placement import hosted_engine, remote_engines
 from megatron_spice.rollout.pool import RolloutPool
 from megatron_spice.rollout.remote import KEY_VARIABLE, Expected, RemoteEngine
 from megatron_spice.rollout.supervisor import SglangEngine
-from megatron_spice.telemetry.run_log import RunLog
+from megatron_spice.rollout.two_engines import TwoEngines
+from megatron_spice.telemetry.json_lines import each_json_line
+from megatron_spice.telemetry.run_log import EPISODES_NAME, RunLog
 from megatron_spice.telemetry.timer import PhaseTimer
 from megatron_spice.weights.sync import copy_rate
 
@@ -80,6 +86,8 @@ class Run:
     engine_restarts: int = 0
     parcel: Parcel = field(default_factory=Parcel)
     carried: list[Game] = field(default_factory=list)
+    audit: Audit | None = None
+    pairs: Pairs | None = None  # what a new run warms up with
 
     def games(self, iteration: int) -> list[Game]:
         """An iteration's batch: games that were put off, and as many new ones as are missing."""
@@ -123,6 +131,7 @@ def assemble(
         config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
     )
 
+    pairs = Pairs.open(config, tokenizer) if config.warmup.pairs is not None and not resume else None
     pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption, make_engine)
     stack.callback(pool.close)
     if topology.device == "cpu":
@@ -162,6 +171,7 @@ def assemble(
     run = Run(
         config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
         PhaseTimer(), interruption, rate, saved=done, carried=carried,
+        audit=_make_audit(config, done) if topology.is_first else None, pairs=pairs,
     )  # fmt: skip
     run.say(
         f"{f'resumed from {resume}' if resume else 'started'}: {policy.describe()}; "
@@ -213,19 +223,27 @@ def _make_pool(
     rollout = config.rollout.model_copy(update={"seed": seed % 2**31})
     if rollout.engines:
         engines = _remote_engines(config, topology)
+        numbers = [rollout.engines.index(engine.url) for engine in engines]
     else:
-        engines = []
+        engines, numbers = [], []
         number = hosted_engine(topology.local_rank, topology.local_world_size, rollout.engines_per_node)
         if number is not None:
             log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
             fp8 = rollout.weights == "fp8"
             told = quantization_config(config.policy, read_architecture(config.policy.model)) if fp8 else None
             engines.append(make_engine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
+            numbers.append(topology.node_rank * rollout.engines_per_node + number)
+    if config.game.fixed_challenger:
+        moved = config.model_copy(update={"rollout": rollout})
+        beside = challenger.engines_beside(moved, topology, numbers, tokenizer)
+        engines = [TwoEngines(policy, fixed) for policy, fixed in zip(engines, beside)]
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p, seed=config.train.seed,
+        top_p=config.rollout.top_p, seed=config.train.seed, challenger=challenger.wording(config, tokenizer),
     )  # fmt: skip
+    if config.audit.grounded_answers or config.audit.options_only:
+        play = functools.partial(_play_and_audit, audit=config.audit, **play.keywords)
     return RolloutPool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
         max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
@@ -261,3 +279,32 @@ def _count_engines(config: Config, topology: Topology) -> str:
 
 async def _play(passage: Passage, iteration: int, slot: int, engine: Generator, **rest: Any) -> Episode:
     return await play_passage(passage, iteration=iteration, slot=slot, engine=engine, **rest)
+
+
+async def _play_and_audit(
+    passage: Passage, iteration: int, slot: int, engine: Generator, *, audit: AuditConfig, **rest: Any
+) -> Episode:
+    episode = await _play(passage, iteration, slot, engine, **rest)
+    if slot >= audit.passages:
+        return episode
+    reasoner = Wording.of(rest["config"].prompt_style, rest["tokenizer"])
+    table = Table(
+        engine, rest["verifier"], rest["config"], reasoner, reasoner, rest["temperature"], rest["top_p"],
+        (rest["seed"], iteration, slot),
+    )  # fmt: skip
+    return await reanswered(table, episode, audit.grounded_answers, audit.options_only)
+
+
+def _make_audit(config: Config, done: int) -> Audit | None:
+    """What audits the tasks of iterations after `done`; it has seen the questions of the earlier ones that the log holds."""
+    if not config.audit.metrics:
+        return None
+    audit = Audit(config.audit.passages, config.audit.memory, has_corpus=not config.game.no_corpus)
+    if done and (config.run.dir / EPISODES_NAME).is_file():
+        audit.remember(
+            attempt["task"]["question"]
+            for episode in each_json_line(config.run.dir / EPISODES_NAME)
+            for attempt in episode["attempts"]
+            if attempt["task"] is not None
+        )
+    return audit

@@ -27,6 +27,7 @@ from megatron_spice.game import episodes as game
 from megatron_spice.game.records import Episode, Trajectory
 from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS, EngineError, EnginesLost
 from megatron_spice.telemetry.ranks import spread
+from megatron_spice.warmup import warm_up
 from megatron_spice.weights import sync
 
 PHASES = ("seconds/sync", "seconds/play", "seconds/wake", "seconds/train", "seconds/save")
@@ -46,6 +47,8 @@ def train(config: Config, build: Callable[..., Run] = assemble) -> None:
     with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
         interruption = Interruption(store)
         run = build(config, topology, store, stack, interruption)
+        if run.pairs is not None:
+            warm_up(run, run.pairs)
         for iteration in range(run.done + 1, config.train.iterations + 1):
             state = run.state(iteration - 1)
             try:
@@ -84,7 +87,11 @@ def _iterate(run: Run, iteration: int) -> None:
         speed = {"tokens_per_second": _count_tokens(trajectories) / seconds["seconds/iteration"]}
         baselines = run.baselines.metrics() if run.baselines is not None else {}
         engines = {"engines/restarts": run.engine_restarts}
-        metrics = {**game.metrics(episodes), **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds, **everyone}
+        audited = run.audit.metrics(episodes) if run.audit is not None else {}
+        metrics = {
+            **game.metrics(episodes), **audited, **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds,
+            **everyone,
+        }  # fmt: skip
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
         _warn_of_drift(run, update)

@@ -24,10 +24,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-from small_models import TEXT, add_tokenizer, make_model
+from safetensors.torch import load_file
+from talking_model import talking_model
 from tiny_recipe import tiny_recipe, tool
-from tokenizers import Tokenizer
 
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
@@ -307,28 +306,6 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 Played = list[tuple[str, float, int]]
 
 
-def _talking_model(folder: Path) -> Path:
-    """A model that goes on after `How many` with `?`, a new line and `Answer:8` or `Answer:7`, after `Answer:` likewise.
-
-    Embedding and output matrix alone say what follows what; the random layers add noise to it, and get gradients.
-    """
-    add_tokenizer(make_model(folder, "llama", tied=False, max_position_embeddings=2048))
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    *said, colon, eight = tokens.encode("y?\nAnswer:8").ids
-    [seven], end = tokens.encode("7").ids, tokens.token_to_id("<|im_end|>")
-    followers = {**dict(zip(said, [*said[1:], colon])), colon: eight, eight: end}
-    weights = load_file(folder / "model.safetensors")
-    heard, spoken = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    spoken.zero_()
-    for place, (token, follower) in enumerate(followers.items()):
-        heard[token] = 0.0
-        heard[token, place] = 64.0
-        spoken[follower, place] = 2.5
-    heard[seven], spoken[seven] = heard[eight], spoken[eight]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def _trained(run_dir: Path, iteration: int) -> list[tuple[str, dict]]:
     """What was trained on, by the log: role and attempt or answer."""
     episodes = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
@@ -394,7 +371,7 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
     """
     run = tmp_path / "run"
     overrides = [f"{room}.{key}={json.dumps(value)}" for room, keys in SWITCHES.items() for key, value in keys.items()]
-    overrides.append(f"policy.model={_talking_model(tmp_path / 'hf')}")
+    overrides.append(f"policy.model={talking_model(tmp_path / 'hf')}")
     started = _finish(_start(recipe, run, *overrides, "train.iterations=2"))
     resumed = _finish(_start(recipe, run, *overrides, "train.iterations=3", "game.challenger_reward=absolute_zero"))
     assert "resumed from" in resumed and "iteration 2/3" not in resumed

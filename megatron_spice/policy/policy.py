@@ -243,6 +243,40 @@ class Policy:
             metrics.watch(self._watch(trajectories, settings))
         return metrics.summary()
 
+    def fit(self, trajectories: Sequence[Trajectory], learning_rate: float | None = None) -> float:
+        """One optimiser step on next-token cross entropy, the mean over all completion tokens at temperature 1, and returns it as it
+        was before the step. Advantages, recorded log-probabilities and the loss's switches have no part in it; a role whose
+        `policy.role_weights` is 0 is left out.
+
+        Args:
+            learning_rate: of this step; None: the recipe's.
+        """
+        assert self.sleeper.awake, "fit() on a sleeping policy"
+        # With advantage 1 and nothing clipped the gradient of the DrGRPO loss is that of the summed log-probabilities, over
+        # M L_max. Against recorded log-probabilities of 0, the drift is the cross entropy.
+        told = [replace(t, advantage=1.0, logprobs=(0.0,) * len(t.completion_ids), num_stale=0) for t in trajectories]
+        told = [t for t in told if self._counts(t)]
+        if not told:
+            return 0.0
+        factor = len(told) * self.loss_length / sum(len(t.completion_ids) for t in told)
+        plan = self._plan([replace(t, weight=factor) for t in told])
+        metrics = UpdateMetrics(len(told), self.placement)
+        with self._at_temperature(1.0), self._at_learning_rate(learning_rate or self.config.learning_rate):
+            metrics.add(self._step(self._tensors(plan), LossSettings(None, None)), plan[self.placement.data_rank])
+        return metrics.summary()["drift/mean"]
+
+    @contextmanager
+    def _at_learning_rate(self, learning_rate: float) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        usual = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = learning_rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, usual):
+                group["lr"] = rate
+
     def _note_logprobs(self, shares: Sequence[Sequence[RowTensors]], field: str) -> None:
         """Writes the rows' log-probabilities under the weights of this moment into the rows, on the last stage."""
         for rows in shares:

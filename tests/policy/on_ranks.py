@@ -14,7 +14,7 @@ def in_layouts(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A job: {"model": folder, "overrides": {room: {key: value}}, "trajectories": [...], "updates": n, "score": ids,
     "gather": bool, "save": folder, "load": folder, "sequences": bool (attention by sequence lengths),
-    "rollout": bool, "audit": bool}. Gathered weights come back from rank 0, their digest and those of the ends of a tied embedding from all.
+    "rollout": bool, "audit": bool, "fit": [...], "fits": n}. Gathered weights come back from rank 0, their digest and those of the ends of a tied embedding from all.
     """
     from megatron_spice.cluster import distributed, platform, topology
 
@@ -65,6 +65,8 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
     if "score" in job:
         result["score"] = policy.score(job["score"])
     result["updates"] = [policy.update(job["trajectories"]) for _ in range(job.get("updates", 0))]
+    if "fit" in job:
+        result["fit"] = [policy.fit(job["fit"]) for _ in range(job["fits"])]
     if "save" in job:
         weights = Path(job["save"]) / "weights"
         if here.rank == 0:
