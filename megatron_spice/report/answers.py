@@ -68,7 +68,7 @@ def reasoner(group: Group, early: Window | None, late: Window | None) -> Answer:
     if evaluated:
         return _evaluated(group, evaluated, [rate, *details] if rate else details)
     why = "The tasks change as the Challenger learns, so their pass rate does not say whether it reasons better. "
-    details.append(why + "tools/evaluate.py, on two checkpoints and fixed questions, would.")
+    details.append(why + "tools/evaluate.py, on fixed questions and two checkpoints, would (--output RUN_DIR/evaluation/iteration_N).")
     if found is None:
         return Answer(group.label, UNKNOWN, "open", _too_short(group, progress.PASS_RATE), details)
     verdict = {1: "It passes more tasks", -1: "It passes fewer tasks", 0: "It passes as many tasks as before"}[found.direction]

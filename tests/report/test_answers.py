@@ -52,7 +52,7 @@ def test_a_pass_rate_alone_does_not_make_the_reasoner_better(tmp_path: Path) -> 
     run = made_run(tmp_path / "run", 30, reasoner__pass_rate=noisy(0.1, 0.6, 30))
     answer = answers.reasoner(group_of(run), None, None)
     assert answer.verdict == "It passes more tasks; whether it reasons better cannot be told"
-    assert answer.tone == "open" and "tools/evaluate.py" in answer.details[-1]
+    assert answer.tone == "open" and "tools/evaluate.py, on fixed questions" in answer.details[-1]
 
 
 @pytest.mark.parametrize(("scores", "verdict"), [

@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_run import episode, made_run, write_lines
 
+from megatron_spice.evaluation import table
+from megatron_spice.evaluation.run import summary
+from megatron_spice.evaluation.tasks import find_all
 from megatron_spice.report.episode_file import scan
 from megatron_spice.report.evaluation import Score, read_scores
 from megatron_spice.report.groups import differences, group_runs
@@ -92,6 +95,16 @@ def test_scores_are_read_from_files_of_several_forms(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert ["d.json" in notices[0], "e.json" in notices[1], len(notices)] == [True, True, 2]
     assert read_scores(tmp_path / "none") == ([], [])
+
+
+def test_what_the_evaluation_writes_is_read(tmp_path: Path) -> None:
+    benchmark = find_all("factbook")[0]
+    answered = [{"answers": [{"correct": place < 3, "reason": "exact", "finish": "stop", "extracted": "x", "tokens": 2}]} for place in range(10)]
+    (tmp_path / "iteration_8").mkdir()
+    table.write(tmp_path / "iteration_8", {"model": "/runs/tiny", "judge": None}, [summary(benchmark, answered, 1.0, tmp_path / "log.jsonl")])
+    (score,), notices = read_scores(tmp_path)
+    assert (score.iteration, score.task, score.score, score.items, notices) == (8, "factbook", 0.3, 10, [])
+    assert 0.1 < score.low < 0.3 < score.high < 0.61
 
 
 def test_questions_are_counted_by_window_and_broken_lines_are_counted(tmp_path: Path) -> None:
