@@ -23,6 +23,11 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that it keeps."""
+        return self._memory.numel()
+
     def take(self, pieces: Sequence[Piece]) -> tuple[list[Piece], Callable[[], None]]:
         """The pieces over a copy of their numbers, and what to wait with until that is complete; the originals may change at once,
         on an accelerator by what is queued on the current stream after this.

@@ -37,9 +37,18 @@ def measured(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if made.layout.pipeline == 1:
                 plan = made._plan(rows[: made.layout.data])
                 saved = saved_by(lambda: made._step(made._tensors(plan), LossSettings.of(made.config, False)), made)
-            found.append({**held(made), "stage": made.placement.pipeline_rank, "peak": peak, "saved": saved})
+            found.append({**held(made), "snapshot": snapshot_bytes(made), "stage": made.placement.pipeline_rank, "peak": peak, "saved": saved})
             made.close()
     return found
+
+
+def snapshot_bytes(policy: Any) -> int:
+    """Host memory that a save keeps."""
+    from megatron_spice.checkpoint.snapshot import Snapshot
+
+    snapshot = Snapshot()
+    snapshot.take(policy.holdings(with_optimizer=True).pieces)
+    return snapshot.num_bytes
 
 
 def rows_of(tokens: int, count: int) -> list[Trajectory]:
