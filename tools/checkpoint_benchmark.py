@@ -3,6 +3,8 @@
     stall      what an iteration waits for: this rank's numbers are copied into host memory
     write      the rest, beside the run: the ranks' files, the index, fsync and the rename
     load       into the same layout, weights and optimiser
+    beside     products of matrices by every rank while a checkpoint is written, against the same without: what a write costs
+               those who compute meanwhile; they begin with it and take longer
 
 Beside them are the ceilings: a plain copy in memory of the bytes that the stall copies, a plain write and fsync by every rank of
 the bytes that it saves, and a plain read of the ranks' files; reads come from the page cache, as the loads do. All take turns
@@ -27,6 +29,7 @@ from megatron_spice import machine
 
 HELP = "a checkpoint's way to the disk and back"
 GIB = 2**30
+WORK_SECONDS = 4.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +67,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 result["title"], part, f"{result['gib']:.3f}", f"{found['seconds']:.3f}", f"{result['gib'] / found['seconds']:.2f}",
                 *beside,
             ])  # fmt: skip
-    return columns(rows)
+    notes = [
+        f"{result['title']}: {result['work_seconds']:.1f} s of products of matrices take {result['beside']:.3f} times as long beside a "
+        f"write, whose thread uses {result['processor_seconds']:.2f} s of a processor on a rank; the first stall, which takes the "
+        f"memory, {result['first_stall']:.3f} s"
+        for result in results
+    ]
+    return "\n".join([columns(rows), *notes])
 
 
 def run_rank(job: dict[str, Any], result: Path) -> None:
@@ -116,6 +125,7 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
     beside = torch.zeros_like(mine)
     raw = folder / f"raw_{here.rank}"
     parts: dict[str, list[float]] = {}
+    work = _work(WORK_SECONDS)
 
     def timed(name: str, act: Callable[[], Any]) -> Any:
         seconds, value = _slowest(act)
@@ -126,8 +136,12 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
         timed("plain copy in memory", lambda: beside.copy_(mine))
         timed("stall", lambda: checkpointer.begin(policy, {"iteration": iteration}))
         saved = timed("write", lambda: checkpointer.finish(wait=True))
-        for name in ("begin", "file", "finish"):
+        for name in ("begin", "file", "finish", "processor"):
             parts.setdefault(name, []).append(checkpointer.seconds[name])
+        timed("work alone", work)
+        checkpointer.begin(policy, {"iteration": iteration})
+        timed("work beside", work)
+        checkpointer.finish(wait=True)
         timed("plain write and fsync", lambda: _write(raw, beside))
         timed("load", lambda: load_tensors(policy, saved, with_optimizer=True))
         timed("plain read", lambda: (saved / "weights" / f"__{here.rank}_0.distcp").read_bytes())
@@ -142,8 +156,27 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
             name: {"seconds": seconds[name], **({"ceiling": seconds[against[name]]} if name in against else {})}
             for name in ("stall", "write", "begin", "file", "finish", "load")
         },
+        "processor_seconds": seconds["processor"], "work_seconds": seconds["work alone"],
+        "beside": statistics.median(beside / alone for beside, alone in zip(parts["work beside"][1:], parts["work alone"][1:])),
         "first_stall": parts["stall"][0], "all_seconds": parts,
     }  # fmt: skip
+
+
+def _work(seconds: float) -> Callable[[], None]:
+    """Products of matrices that took about so long when this was called."""
+    import torch
+
+    left, right = torch.randn(512, 512), torch.randn(512, 512)
+
+    def work(count: int) -> None:
+        for _ in range(count):
+            left @ right
+
+    work(100)
+    start = time.perf_counter()
+    work(200)
+    count = max(1, int(200 * seconds / (time.perf_counter() - start)))
+    return lambda: work(count)
 
 
 def _slowest(act: Callable[[], Any]) -> tuple[float, Any]:

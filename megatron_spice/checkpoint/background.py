@@ -102,12 +102,13 @@ class Ranks:
 def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     """Makes a checkpoint of what all ranks hold in host memory; a collective of theirs.
 
-    Returns: seconds of its parts: `begin`, `file`, and `finish`, which on a rank that is done early is a wait for the others.
+    Returns: seconds of its parts: `begin`, `file`, and `finish`, which on a rank that is done early is a wait for the others; and
+    of the processor that this thread has used, `processor`.
 
     Raises:
         OSError: it could not be made, on any rank, and what there was of it is removed.
     """
-    times = [time.perf_counter()]
+    times, used = [time.perf_counter()], time.thread_time()
     sizes = ranks.tell_all(file_size(held))
     ranks.first_does(lambda: target.begin(sum(sizes)))
     times.append(time.perf_counter())
@@ -129,7 +130,8 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
 
     ranks.first_does(finish)
     times.append(time.perf_counter())
-    return {name: end - start for name, (start, end) in zip(("begin", "file", "finish"), pairwise(times))}
+    seconds = {name: end - start for name, (start, end) in zip(("begin", "file", "finish"), pairwise(times))}
+    return seconds | {"processor": time.thread_time() - used}
 
 
 class BackgroundWrite:

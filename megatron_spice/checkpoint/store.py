@@ -93,11 +93,15 @@ def give_up(partial: Path) -> None:
 
 
 def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
-    """Writes the run state, renames the folder to its final name, and removes all but the newest `keep`."""
+    """Writes the run state, brings what is not there yet to the disk, renames the folder to its final name, and removes all but
+    the newest `keep`. The files in `weights` are on the disk already."""
     with open(partial / STATE, "w") as file:
         file.write(json.dumps(state, indent=1))
         file.flush()
         os.fsync(file.fileno())
+    for path in (*(partial / HF).rglob("*"), partial / HF, partial / WEIGHTS, partial):
+        if path.exists():
+            sync_folder(path)  # files are opened and synced in the same way
     final = partial.with_suffix("")
     if final.exists():  # the same iteration saved again, after a resume from an earlier one
         _remove(final)

@@ -24,6 +24,7 @@ def test_saves_and_loads_are_measured_beside_their_ceilings(tmp_path):
     assert {part for part, found in result["parts"].items() if "ceiling" in found} == {"stall", "write", "load"}
     assert all(found["seconds"] > 0 for found in result["parts"].values())
     assert all(len(seconds) == 3 for seconds in result["all_seconds"].values())
+    assert result["beside"] > 0 and result["processor_seconds"] > 0
     assert "times the ceiling" in done.stdout
 
 
