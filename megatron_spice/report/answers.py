@@ -45,6 +45,7 @@ def challenger(group: Group, early: Window | None = None, late: Window | None = 
         _sentence(group, progress.MIXED, "Tasks at the frontier, which some answers pass and some fail, "),
         _sentence(group, "challenger/reward_of_valid", "The reward of valid tasks alone", reward),
         _sentence(group, progress.GROUNDED, "Valid tasks whose answer stands in the passage"),
+        _sentence(group, "audit/agreement", "Gold answers that the model agrees with when it reads the passage"),
     ]
     takes_over = _takes_over(early, late)
     details = [*filter(None, details), *_since_then(group), *(_agreement(early, late) if takes_over else [])]

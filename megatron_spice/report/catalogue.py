@@ -156,6 +156,12 @@ def validity(groups: Sequence[Group]) -> list[Figure]:
     return stacks(groups, "validity", "What became of attempts", "share of attempts", parts)
 
 
+def kinds(groups: Sequence[Group]) -> list[Figure]:
+    """Valid tasks by the kind of their answers."""
+    prefix = "challenger/kind/"
+    return stacks(groups, "kinds", "Kinds of tasks", "share of valid attempts", lambda group: _coloured(_largest(group, prefix), prefix, PARTS))
+
+
 def verdicts(groups: Sequence[Group]) -> list[Figure]:
     """Answers by how the verifier decided."""
     prefix = "verifier/reason/"
@@ -227,6 +233,7 @@ def evaluations(groups: Sequence[Group]) -> list[Figure]:
         least = min(value for row in rows for value in row[1:4] if value is not None)
         unit, whole = ("share right", 1.0) if most <= 1.0 else ("percent", 100.0)
         slug = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")
+        slug += f"-{len(found) + 1}" * any(figure.name == f"evaluation-{slug}" for figure in found)
         limits = (min(0.0, least), max(most, min(whole, most * 1.2 or whole)))
         found.append(Dots(f"evaluation-{slug}", task, unit, rows, limits))
     return found

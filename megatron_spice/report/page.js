@@ -85,8 +85,8 @@
 
   const unpack = ([iteration, slot, source, kind, passage, attempts], run) => ({
     run, iteration, slot, source, kind, passage,
-    attempts: attempts.map(([text, tokens, invalid, grounded, reward, chosen, question, gold, type, answers]) => ({
-      text, tokens, invalid, grounded, reward, chosen, question, gold, type,
+    attempts: attempts.map(([text, tokens, invalid, grounded, reward, chosen, question, gold, type, answers, read]) => ({
+      text, tokens, invalid, grounded, reward, chosen, question, gold, type, read,
       answers: answers.map(([text, extracted, correct, why, reward]) =>
         ({ text, extracted: extracted === 0 ? text.trim() : extracted, correct, why, reward })),
     })),
@@ -178,6 +178,7 @@
     if (attempt.type) tag(attempt.type);
     if (attempt.grounded !== null && !attempt.invalid) tag(attempt.grounded ? "answer in the passage" : "answer not in the passage");
     if (attempt.answers.length) tag(`${passed(attempt)} of ${attempt.answers.length} right`);
+    if (attempt.read) tag(`${attempt.read[0]} of ${attempt.read[1]} right with the passage in view`);
     if (attempt.reward !== null) tag(`reward ${written(attempt.reward)}`);
     if (attempt.chosen) tag("the Reasoner was trained on it");
     if (attempt.tokens) tag(`${attempt.tokens} tokens`);

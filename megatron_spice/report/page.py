@@ -19,6 +19,7 @@ from markupsafe import Markup
 from megatron_spice.report import answers, catalogue
 from megatron_spice.report.change import change_over_seeds, end_of
 from megatron_spice.report.compare import compare
+from megatron_spice.report.crossplay import read_matrix
 from megatron_spice.report.drawing import Drawing, draw, sparkline
 from megatron_spice.report.episode_file import EpisodeFile, scan
 from megatron_spice.report.figure import Figure
@@ -52,7 +53,7 @@ def figures_by_section(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     return {
         "challenger": catalogue.curves("challenger", groups),
         "reasoner": [*catalogue.curves("reasoner", groups), *catalogue.pass_rates(groups)],
-        "questions": [*catalogue.validity(groups), *catalogue.verdicts(groups)],
+        "questions": [*catalogue.validity(groups), *catalogue.kinds(groups), *catalogue.verdicts(groups)],
         "time": [*catalogue.phases(groups), *catalogue.curves("time", groups)],
         "evaluation": catalogue.evaluations(groups),
         "audit": catalogue.curves("audit", groups),
@@ -92,6 +93,7 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
         windows=_windows(groups, firsts),
         sections=_sections(figures),
         comparison=compare(groups) if len(groups) > 1 else [],
+        matrices=[found for run in runs if (found := read_matrix(run.folder, run.name)) is not None],
         numbers=_numbers(groups),
         payloads=payloads,
         kept=_kept([payload for _, payload in payloads]),
@@ -127,6 +129,10 @@ def _notices(runs: Sequence[Run], files: Sequence[EpisodeFile | None]) -> list[s
         said = list(run.notices)
         if file is not None and file.broken:
             said.append(f"{plural(file.broken, 'line')} of {run.episodes_path.name} cannot be read and was left out.")
+        alarm = run.recipe.get("rollout.drift_alarm")
+        above = run.iterations[run.series(progress.DRIFT[0]) > alarm] if isinstance(alarm, (int, float)) else ()
+        if len(above):
+            said.append(f"The mean drift was above {alarm} (rollout.drift_alarm) in {plural(len(above), 'iteration')}, the last time in {above[-1]}.")
         found += [f"{run.name}: {notice}" if len(runs) > 1 else notice for notice in said]
     return found
 

@@ -69,7 +69,7 @@ def pack(episode: dict) -> list:
     """[iteration, slot, source, kind asked for, passage, attempts]; page.js takes it apart.
 
     An attempt is [text, tokens, reason why invalid or null, grounded, reward, is it the Reasoner's task, question, gold answer, kind,
-    answers], an answer [text, extracted (0: the stripped text), correct, reason of the verdict, reward].
+    answers, those with the passage in view as [right, all] or null], an answer [text, extracted (0: the stripped text), correct, reason of the verdict, reward].
     """
     passage = episode.get("passage") or {}
     return [
@@ -95,7 +95,12 @@ def _attempt(attempt: dict) -> list:
         _cut(task.get("gold_answer"), LONGEST_TEXT) if task else None,
         task.get("answer_type"),
         [_answer(answer) for answer in attempt.get("answers") or []],
+        _right(attempt.get("grounded_answers") or []),
     ]
+
+
+def _right(answers: list[dict]) -> list[int] | None:
+    return [sum(bool(answer.get("correct")) for answer in answers), len(answers)] if answers else None
 
 
 def _answer(answer: dict) -> list:

@@ -96,6 +96,12 @@ def test_runs_of_different_recipes_are_laid_over_each_other(tmp_path: Path) -> N
     assert heights == {4.0}  # the same axis for both
 
 
+def test_drift_above_the_recipes_alarm_is_said(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 6, {"rollout": {"drift_alarm": 0.2}}, drift__mean=lambda number: 0.3 if number in (2, 4) else 0.1)
+    text = Elements(page([read_run(run)])).text
+    assert "The mean drift was above 0.2 (rollout.drift_alarm) in 2 iterations, the last time in 4." in text
+
+
 def test_figures_as_png_are_those_of_the_page(tmp_path: Path) -> None:
     from matplotlib.image import imread
 

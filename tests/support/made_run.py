@@ -73,6 +73,9 @@ def hostile_run(folder: Path) -> Path:
     for record, text in zip(records, HOSTILE * 6):
         record["passage"]["source"] = record["attempts"][0]["invalid"] = text
     write_lines(folder / "episodes.jsonl", records)
+    pair = {"challenger": HOSTILE[0], "reasoner": HOSTILE[1], "pass_rate": 0.5, "low": None, "high": None}
+    (folder / "crossplay").mkdir()
+    (folder / "crossplay" / "matrix.json").write_text(json.dumps({"pairs": [pair]}))
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "<b>.json").write_text('{"iteration": 0, "tasks": {"<i onclick=x>": 0.5}}')
     return folder
