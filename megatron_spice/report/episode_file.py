@@ -72,7 +72,7 @@ class Window:
         # Reservoir sampling: every task is as likely as any other to be among the examples.
         place = len(self.examples) if self.tasks <= SHOWN_TASKS else chance.randrange(self.tasks)
         if place < SHOWN_TASKS:
-            answers = attempt.get("answers") or []
+            answers = dicts(attempt.get("answers"))
             example = {
                 "iteration": iteration, "question": question, "gold": gold, "kind": str(task.get("answer_type", "?")),
                 "passed": sum(bool(answer.get("correct")) for answer in answers), "answers": len(answers),
@@ -123,6 +123,11 @@ def scan(path: Path, early: Sequence[int], late: Sequence[int]) -> EpisodeFile |
                 for attempt in episode["attempts"] if number in window.numbers else ():
                     window.add(number, attempt, chance)
     return EpisodeFile(path, places, *windows, broken) if places or broken else None
+
+
+def dicts(value: object) -> list[dict]:
+    """The objects of a list, [] of anything else: a log may be of another version, or damaged."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _episode(line: bytes) -> dict | None:

@@ -13,7 +13,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from megatron_spice.report.episode_file import EpisodeFile
+from megatron_spice.report.episode_file import EpisodeFile, dicts
 
 LONGEST_PASSAGE = 6000  # characters
 LONGEST_TEXT = 2000
@@ -61,7 +61,7 @@ def _even_order(file: EpisodeFile) -> list[tuple[int, int, int]]:
 def _compressed(file: EpisodeFile, places: list[tuple[int, int, int]]) -> tuple[str, int]:
     """The text, and how many episodes are in it."""
     packed = [pack(episode) for episode in file.read(places)]
-    content = json.dumps(packed, separators=(",", ":")).encode("ascii")
+    content = json.dumps(packed, separators=(",", ":"), allow_nan=False).encode("ascii")
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii"), len(packed)
 
 
@@ -69,33 +69,36 @@ def pack(episode: dict) -> list:
     """[iteration, slot, source, kind asked for, passage, attempts]; page.js takes it apart.
 
     An attempt is [text, tokens, reason why invalid or null, grounded, reward, is it the Reasoner's task, question, gold answer, kind,
-    answers, those with the passage in view as [right, all] or null], an answer [text, extracted (0: the stripped text), correct, reason of the verdict, reward].
+    answers, those with the passage in view as [right, all] or null], an answer [text, extracted (0: the stripped text), correct,
+    reason of the verdict, reward].
     """
-    passage = episode.get("passage") or {}
+    passage = episode.get("passage")
+    passage = passage if isinstance(passage, dict) else {}
     return [
         episode["iteration"],
-        episode.get("slot"),
+        _rounded(episode.get("slot")),
         _cut(passage.get("source"), 200),
-        episode.get("answer_type"),
+        _cut(episode.get("answer_type"), 200),
         _cut(passage.get("text"), LONGEST_PASSAGE),
         [_attempt(attempt) for attempt in episode["attempts"]],
     ]
 
 
 def _attempt(attempt: dict) -> list:
-    task = attempt.get("task") or {}
+    task = attempt.get("task")
+    task = task if isinstance(task, dict) else {}
     return [
         _cut(attempt.get("text"), LONGEST_TEXT),
-        attempt.get("tokens"),
-        attempt.get("invalid"),
-        attempt.get("grounded"),
+        _rounded(attempt.get("tokens")),
+        None if attempt.get("invalid") is None else str(attempt["invalid"]),
+        None if attempt.get("grounded") is None else bool(attempt["grounded"]),
         _rounded(attempt.get("reward")),
         int(bool(attempt.get("is_reasoner_task"))),
         _cut(task.get("question"), LONGEST_TEXT) if task else None,
         _cut(task.get("gold_answer"), LONGEST_TEXT) if task else None,
-        task.get("answer_type"),
-        [_answer(answer) for answer in attempt.get("answers") or []],
-        _right(attempt.get("grounded_answers") or []),
+        None if task.get("answer_type") is None else str(task["answer_type"]),
+        [_answer(answer) for answer in dicts(attempt.get("answers"))],
+        _right(dicts(attempt.get("grounded_answers"))),
     ]
 
 
@@ -107,11 +110,11 @@ def _answer(answer: dict) -> list:
     text, extracted = _cut(answer.get("text"), LONGEST_TEXT), answer.get("extracted")
     extracted = None if extracted is None else _cut(extracted, LONGEST_TEXT)
     same = extracted is not None and extracted == text.strip()
-    return [text, 0 if same else extracted, int(bool(answer.get("correct"))), answer.get("why"), _rounded(answer.get("reward"))]
+    return [text, 0 if same else extracted, int(bool(answer.get("correct"))), _cut(answer.get("why"), 200), _rounded(answer.get("reward"))]
 
 
 def _rounded(value: object) -> float | None:
-    return round(value, 4) if isinstance(value, (int, float)) else None
+    return round(value, 4) if isinstance(value, (int, float)) and abs(value) < 1e15 else None  # NaN is not smaller, either
 
 
 def _cut(text: object, longest: int) -> str:

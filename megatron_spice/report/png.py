@@ -88,12 +88,9 @@ def _stack(axis, figure: Stack) -> None:
 
 def _heat(axis, figure: Heat) -> None:
     shades = LinearSegmentedColormap.from_list(figure.colour, ["#ffffff", COLOURS[figure.colour]])
-    first, last = figure.iterations[0] - 0.5, figure.iterations[-1] + 0.5
-    places = np.full((len(figure.rows), figure.iterations[-1] - figure.iterations[0] + 1), np.nan)
-    places[:, figure.iterations - figure.iterations[0]] = figure.shares
-    drawn = axis.imshow(
-        places, aspect="auto", origin="lower", cmap=shades, vmin=0.0, vmax=1.0, extent=(first, last, -0.5, len(figure.rows) - 0.5), interpolation="nearest",
-    )  # fmt: skip
+    edges = np.append(figure.iterations - 0.5, figure.iterations[-1] + 0.5)
+    rows = np.arange(len(figure.rows) + 1) - 0.5
+    drawn = axis.pcolormesh(edges, rows, np.ma.masked_invalid(figure.shares), cmap=shades, vmin=0.0, vmax=1.0)
     axis.set_yticks(range(len(figure.rows)), figure.rows, fontsize=8)
     axis.figure.colorbar(drawn, ax=axis, label=figure.unit)
 

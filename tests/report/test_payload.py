@@ -36,6 +36,19 @@ def test_any_text_survives_the_packing(tmp_path_factory, question: str, gold: st
     assert (text.strip() if extracted == 0 else extracted) == answer
 
 
+junk = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+
+
+@given(st.sampled_from(["passage", "answer_type", "slot"]), st.sampled_from(["text", "tokens", "invalid", "grounded", "reward", "task", "answers", "grounded_answers"]), junk, junk)
+def test_a_log_of_another_version_is_shown_as_far_as_it_goes(tmp_path_factory, key: str, part: str, other: object, value: object) -> None:
+    strange = episode(1)
+    strange[key], strange["attempts"][0][part] = other, value
+    path = tmp_path_factory.mktemp("log") / "episodes.jsonl"
+    write_lines(path, [strange, episode(2)])
+    file = scan(path, [1], [2])
+    assert len(unpacked(pack_episodes(file, 10**6).text)) == 2
+
+
 def test_what_fits_is_taken_evenly_and_nearly_fills(tmp_path: Path) -> None:
     chance = random.Random(1)
     texts = ["".join(chance.choices(string.ascii_letters, k=300)) for _ in range(400)]
