@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_spice import doctor, plan
 from megatron_spice.cluster.children import die_with_parent
+from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.config.checks import check
 from megatron_spice.config.describe import reference, resolved
 from megatron_spice.config.errors import EXIT_CODE, ConfigError, StorageError
@@ -20,6 +21,7 @@ from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
 from megatron_spice.policy import checkpoint_room
+from megatron_spice.telemetry.rank_log import RankLog
 
 RECIPE_HELP = "a YAML recipe; examples/ holds some"
 OVERRIDE_HELP = "settings that go over the recipe's, such as train.iterations=2"
@@ -114,9 +116,10 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(too_much, options.recipe)
     # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.
     die_with_parent(os.getppid())
-    from megatron_spice.train import train
+    with RankLog(config.run.dir, int(os.environ.get("RANK", "0")), int(world_size), interrupted_code=INTERRUPTED):
+        from megatron_spice.train import train
 
-    train(config)
+        train(config)
     return 0
 
 

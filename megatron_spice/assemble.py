@@ -19,6 +19,8 @@ from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster.free_memory import EngineRoom
 from megatron_spice.cluster.interruption import Interruption
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.cluster.watchdog import Watchdog
+from megatron_spice.cluster.whereabouts import HERE
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.engine_weights import quantization_config
 from megatron_spice.config.errors import ConfigError, storing
@@ -44,6 +46,7 @@ from megatron_spice.rollout.pool import RolloutPool
 from megatron_spice.rollout.remote import KEY_VARIABLE, Expected, RemoteEngine
 from megatron_spice.rollout.supervisor import SglangEngine
 from megatron_spice.rollout.two_engines import TwoEngines
+from megatron_spice.telemetry import rank_log
 from megatron_spice.telemetry.json_lines import each_json_line
 from megatron_spice.telemetry.run_log import EPISODES_NAME, RunLog
 from megatron_spice.telemetry.timer import PhaseTimer
@@ -170,7 +173,7 @@ def assemble(
             (config.run.dir / "recipe.yaml").write_text(resolved(config))
     run = Run(
         config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
-        PhaseTimer(), interruption, rate, saved=done, carried=carried,
+        PhaseTimer(on_phase=HERE.enter), interruption, rate, saved=done, carried=carried,
         audit=_make_audit(config, done) if topology.is_first else None, pairs=pairs,
     )  # fmt: skip
     run.say(
@@ -178,6 +181,15 @@ def assemble(
         f"{_count_engines(config, topology)}, ready after {time.perf_counter() - started:.0f} s"
     )
     return run
+
+
+def watched(config: Config, topology: Topology, store: dist.Store) -> Watchdog:
+    """The watchdog of a run, to be entered."""
+    mine = rank_log.path_of(config.run.dir, topology.rank)
+    return Watchdog(
+        topology, store, config.cluster.timeout, host=rank_log.host_name(), log_of=functools.partial(rank_log.path_of, config.run.dir),
+        mark=functools.partial(rank_log.mark, mine, rank_log.FAILED),
+    )  # fmt: skip
 
 
 def _passages(
@@ -247,6 +259,7 @@ def _make_pool(
     return RolloutPool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
         max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
+        start_timeout=config.rollout.start_timeout,
     )  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_spice.assemble import Run, assemble
+from megatron_spice.assemble import Run, assemble, watched
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster import distributed, platform
-from megatron_spice.cluster.interruption import EXIT_CODE, Interrupted, Interruption
+from megatron_spice.cluster.exit_codes import INTERRUPTED
+from megatron_spice.cluster.interruption import Interrupted, Interruption
 from megatron_spice.cluster.topology import from_environment
 from megatron_spice.config.schema import Config
 from megatron_spice.game import episodes as game
@@ -44,7 +45,8 @@ def train(config: Config, build: Callable[..., Run] = assemble) -> None:
         if topology.is_first:
             print(f"{config.run.dir} is at iteration {done} of {config.train.iterations} already: nothing to do", flush=True)
         return
-    with distributed.process_group(topology, config.cluster.timeout) as store, ExitStack() as stack:
+    timeout = config.cluster.timeout
+    with distributed.process_group(topology, timeout) as store, watched(config, topology, store), ExitStack() as stack:
         interruption = Interruption(store)
         run = build(config, topology, store, stack, interruption)
         if run.pairs is not None:
@@ -59,7 +61,7 @@ def train(config: Config, build: Callable[..., Run] = assemble) -> None:
                 raise _given_up(run, state, error) from None
             except Interrupted:
                 run.say(f"interrupted ({interruption.reason}); the run {_saved_before_the_end(run, state)}; the same command goes on")
-                raise SystemExit(EXIT_CODE) from None
+                raise SystemExit(INTERRUPTED) from None
         _finish_save(run, wait=True)
 
 

@@ -75,6 +75,7 @@ fi
 environment="$("$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
 SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND=''
 eval "$environment"
+export SPICE_RUN_DIR
 
 if [ "$SPICE_DEVICE_KIND" = cpu ]; then
   # Ranks share the cores, and threads that spin while they wait take them from whoever has work: from the engine. They spin
@@ -94,7 +95,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   # One machine talks to itself: by loopback, whatever its host name resolves to. `exec`, so that signals reach torchrun
   # itself, which passes them on, and its exit code is ours.
   export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
-  exec "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
+  exec "$python" -m megatron_spice.launch --standalone --local-addr=127.0.0.1 \
     --nproc-per-node="$SPICE_RANKS_PER_NODE" --module megatron_spice train "$@"
 fi
 
@@ -133,7 +134,7 @@ trap 'woken=yes told_to_end=yes' TERM
 # torchrun would end its ranks half a minute after such a signal, saved or not: it must not notice. They get it from Slurm.
 # shellcheck disable=SC2016  # SLURM_NODEID is known only inside each task.
 "${step[@]}" bash -c 'trap "" TERM USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' -- \
-  "${inside[@]}" "$python" -m torch.distributed.run \
+  "${inside[@]}" "$python" -m megatron_spice.launch \
   --nnodes="$nodes" --nproc-per-node="$SPICE_RANKS_PER_NODE" --master-addr="$first_address" --master-port="$port" \
   --module megatron_spice train "$@" &
 srun=$!
@@ -143,6 +144,10 @@ while :; do
   woken=''
 done
 
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
+  # Each node's launcher has spoken for its own ranks, in any order; this is the line to read.
+  "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
+fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
   exit "$status"
 elif [ -n "$limit_is_near" ] || [ "$(newest_checkpoint)" != "$before" ]; then

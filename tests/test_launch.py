@@ -35,6 +35,13 @@ def train(config):
     partial.rename(folder / f"rank{os.environ['RANK']}.txt")
     if config.train.seed == 1:
         time.sleep(300)
+    if config.train.seed == 3 and os.environ["RANK"] == "1":
+        raise RuntimeError("no such\\ntoken")
+    if config.train.seed == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    if config.train.seed in (3, 4):
+        time.sleep(1)
+        raise RuntimeError("Connection closed by peer")
     sys.exit(3 if config.train.seed == 2 else 0)
 '''
 
@@ -42,7 +49,7 @@ def train(config):
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
     """A small house with the launcher, the real command line, a model and a corpus that pass the checks."""
-    for folder in ("config", "cluster"):
+    for folder in ("config", "cluster", "telemetry"):
         shutil.copytree(ROOT / "megatron_spice" / folder, tmp_path / "megatron_spice" / folder)
     for room in ("policy", "rollout"):  # a plan's memory and placement
         shutil.copytree(ROOT / "megatron_spice" / room, tmp_path / "megatron_spice" / room)
@@ -118,8 +125,23 @@ def test_every_rank_runs_with_its_place_and_quiet_threads(house):
         assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def test_a_failing_rank_is_a_failing_job(house):
-    assert launch(house, RECIPE, "train.seed=2").returncode not in (0, 2)
+@pytest.mark.parametrize(
+    ("seed", "story", "cause"),
+    [
+        (2, "ended with exit code 3", None),
+        (3, "failed:\nRuntimeError: no such\ntoken\n", "RuntimeError: no such token; its log: run/logs/rank_1.log"),
+        (4, "was killed by SIGKILL", "killed by SIGKILL; its log: run/logs/rank_1.log"),
+    ],
+)
+def test_a_failing_rank_is_a_failing_job_and_its_last_line_says_who_and_why(house, seed, story, cause):
+    """Also where ranks that lost it fail beside it."""
+    done = launch(house, RECIPE, f"train.seed={seed}")
+    assert done.returncode == 1, done.stderr
+    said = done.stderr[done.stderr.index("spice: ") :]
+    assert story in said and len(said.splitlines()) <= 5, done.stderr
+    if cause is not None:
+        last = said.splitlines()[-1]
+        assert last.startswith("spice: first cause: rank 1 on ") and last.endswith(cause)
 
 
 @pytest.mark.parametrize(

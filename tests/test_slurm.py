@@ -76,7 +76,7 @@ def ranks(run_dir: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "train" in words and f"run.dir={run_dir}" in words and "torch.distributed.run" not in words and "RANK" in _environ(process):
+        if "train" in words and f"run.dir={run_dir}" in words and "megatron_spice.launch" not in words and "RANK" in _environ(process):
             found.append(process)
     return found
 

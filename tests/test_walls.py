@@ -37,6 +37,7 @@ FLOORS = {
     "warmup": 6,
     "assemble": 6,
     "watch": 6,
+    "launch": 6,
     "train": 7,
     "__init__": 6,
     "__main__": 8,

@@ -24,6 +24,7 @@ from megatron_spice.report.groups import group_runs  # noqa: E402
 from megatron_spice.report.page import figures_by_section, page  # noqa: E402
 from megatron_spice.report.runs import Run, read_run  # noqa: E402
 from megatron_spice.report.summary import summary  # noqa: E402
+from megatron_spice.telemetry import rank_logs  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     output = args.output or _default(args.run_dirs)
     if output.suffix not in (".html", ".png"):
         parser.error(f"--output {output}: the name must end with .html or .png")
+    for folder in args.run_dirs:
+        if logs := rank_logs.listed(rank_logs.read(folder)):
+            print(logs)
     try:
         _write([read_run(folder) for folder in _distinct(args.run_dirs)], output, args.png)
     except (ValueError, OSError) as error:

@@ -12,16 +12,22 @@ import torch.distributed as dist
 from megatron_spice.cluster.topology import Topology
 
 
+def collective_timeout(timeout: float) -> float:
+    """Seconds that a collective or a wait on the store may take, if a run may stand still for `timeout`: so much more that the
+    watchdog, which knows who hangs, speaks first."""
+    return timeout + max(10.0, timeout / 4)
+
+
 @contextmanager
 def process_group(topology: Topology, timeout: float) -> Iterator[dist.Store]:
     """The world group (gloo on CPU; gloo and NCCL on CUDA) for the length of the block; yields its key-value store.
 
-    `timeout` (seconds) bounds every collective and every wait on the store, so a lost peer becomes an error with a name.
+    `collective_timeout(timeout)` bounds every collective and every wait on the store, so a lost peer becomes an error with a name.
     """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.local_rank)
     backend = "gloo" if topology.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, timeout=timedelta(seconds=collective_timeout(timeout)))
     store = dist.distributed_c10d._get_default_store()
     try:
         yield dist.PrefixStore("spice", store)

@@ -18,9 +18,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 75
-"""Of a rank that was asked to end and has saved: EX_TEMPFAIL, "try again later"."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _KEY = "interruption"
 

@@ -244,7 +244,11 @@ class CheckpointConfig(Room):
 
 class ClusterConfig(Room):
     ranks_per_node: PositiveInt = Field(8, description="Processes a node, one an accelerator.")
-    timeout: PositiveFloat = Field(1800.0, description="Seconds a collective or a wait for a peer may take.")
+    timeout: Annotated[float, Field(ge=5, le=604800)] = Field(
+        1800.0,
+        description="Seconds in which a rank must have moved (a micro-batch, a bucket, a loaded tensor, a game, an engine at work), or "
+        "the run is ended with a message that says who is where. Collectives and waits on the store may take a quarter more.",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -21,6 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.cluster.distributed import collective_timeout
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.config.engine_weights import fp8_layers
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
@@ -64,7 +66,7 @@ class Policy:
         self.layout = ParallelLayout.of(config.policy, architecture, topology.world_size)
         self.backend = backend or Backend.of(self.device)
         precision.check_available(config.policy, architecture, self.device)
-        self.placement = parallel.initialize(self.layout, config.train.seed, config.cluster.timeout)
+        self.placement = parallel.initialize(self.layout, config.train.seed, collective_timeout(config.cluster.timeout))
         self.optimizer_steps = config.train.optimizer_steps
         self.loss_length = config.policy.loss_length or max(
             config.game.challenger_max_tokens, config.game.reasoner_max_tokens
@@ -379,6 +381,7 @@ class Policy:
             return []
 
         def forward_step(data: Iterator[RowTensors], model: Any) -> tuple[Any, Any]:
+            moved()
             row = next(data)
 
             def finish(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:

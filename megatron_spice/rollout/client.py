@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout.bucket_loader import LOADER
 from megatron_spice.rollout.engine import KV_CACHE, MEMORY, WEIGHTS, EngineError
@@ -155,6 +156,7 @@ class EngineClient:
         deadline = time.monotonic() + timeout
         while not self.is_ready():
             check()
+            moved()
             if time.monotonic() > deadline:
                 raise self._http.failure("GET", "/ready", f"was not answered with 200 within {timeout:g} s of the start")
             time.sleep(0.1)

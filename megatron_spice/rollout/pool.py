@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from megatron_spice.cluster.interruption import Interrupted
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.game.carried import Game
 from megatron_spice.game.episodes import trained_part
 from megatron_spice.game.journal import Decode, Recorder
@@ -118,6 +119,7 @@ class RolloutPool:
         passages_in_flight: how many passages each engine plays at a time.
         decode: text of token ids; needed where games are put off.
         max_restarts: how often one engine may be replaced in an iteration.
+        start_timeout: seconds that engines of other ranks may take to come up before waiting for them counts as a hang.
         helpers: started and closed with the pool where there are engines.
         is_interrupted: whether games are to be given up; asked some times a second while they are played.
         group: a CPU process group of all ranks for the exchange; None: the default group.
@@ -133,6 +135,7 @@ class RolloutPool:
         passages_in_flight: int,
         decode: Decode = lambda ids: "",
         max_restarts: int = 0,
+        start_timeout: float = 300.0,
         helpers: Sequence[Helper] = (),
         is_interrupted: Callable[[], bool] = lambda: False,
         group: dist.ProcessGroup | None = None,
@@ -148,6 +151,7 @@ class RolloutPool:
         self._helpers = list(helpers) if engines else []
         self._is_interrupted = is_interrupted
         self._group = group
+        self._start_timeout = start_timeout
         self._round = self._iteration = 0
         self._launched = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -164,7 +168,19 @@ class RolloutPool:
         Raises:
             EngineError: an engine of any rank did not come up.
         """
-        self._collectively("starting the engines", self._start_mine)
+        self._collectively("starting the engines", self._start_mine, self._wait_for_starts)
+
+    def _wait_for_starts(self) -> None:
+        """Returns when every rank's engines are up or have failed, or `start_timeout` has passed: a collective would wait no
+        longer than the group's timeout, which may be less."""
+        size = self._topology.world_size
+        number = self._store.add("rollout/started", 1)
+        everyone = f"rollout/all_started/{-(-number // size)}"
+        if number % size == 0:
+            self._store.set(everyone, "")
+        began = time.monotonic()
+        while not self._comes(everyone) and time.monotonic() - began < self._start_timeout:
+            moved()
 
     def _start_mine(self) -> None:
         if not self._launched:
@@ -295,6 +311,7 @@ class RolloutPool:
             if not turn.is_over:
                 raise RuntimeError("the engine aborted a request that nobody wanted aborted") from None
             episode = None
+        moved()
         share.num_aborted += recorder.num_aborted
         seconds = game.seconds + time.monotonic() - began
         ended = 0
@@ -334,6 +351,7 @@ class RolloutPool:
         while not self._comes(f"{key}/over"):
             if (now := self._store.add(f"{key}/beats", 0)) != beats:
                 beats, heard = now, time.monotonic()
+                moved()
             elif time.monotonic() - heard > SILENCE:
                 raise EngineError(f"no engine host gave a sign of life for {SILENCE:.0f} s while waiting for {what}")
             self._is_interrupted()  # the hosts hear of it from this rank if nobody else was told
@@ -377,12 +395,13 @@ class RolloutPool:
 
     # ---- all ranks together -------------------------------------------------------------------------------------
 
-    def _collectively(self, what: str, work: Callable[[], None]) -> None:
+    def _collectively(self, what: str, work: Callable[[], None], then: Callable[[], None] = lambda: None) -> None:
         error = None
         try:
             work()
         except Exception:
             error = traceback.format_exc()
+        then()
         self._raise_errors(what, self._exchange(what, _Report(self._topology.rank, error=error)))
 
     def _exchange(self, what: str, report: _Report) -> list[_Report]:

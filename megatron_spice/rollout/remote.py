@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.game.records import Completion, Sampling
@@ -93,6 +94,7 @@ class RemoteEngine:
                     f"engine {self.url}: not ready within {limit:g} s (rollout.start_timeout); it is not started from here: "
                     "see what became of it where it runs"
                 )
+            moved()
             time.sleep(0.2)
         self._recognise()
 
@@ -106,6 +108,8 @@ class RemoteEngine:
                     f"engine {self.url} hangs or is gone: it has {self._client.num_running} requests and its health check was "
                     f"not answered within {self._config.hang_timeout:g} s (rollout.hang_timeout)"
                 )
+            if self._client.num_running:
+                moved()
         elif look is None and self._client.num_running and now - self._looked > LOOK:
             self._look = in_background(lambda client=self._client: client.is_alive(self._config.hang_timeout))
 

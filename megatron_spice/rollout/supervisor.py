@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_spice.cluster.children import Child
 from megatron_spice.cluster.ports import LOOPBACK, ReservedPort
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.config.schema import Precision, RolloutConfig
 from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout import leftovers
@@ -127,6 +128,8 @@ class SglangEngine:
                 f"engine {self._client.url} hangs: it has {self._client.num_running} requests and used no processor time for "
                 f"{self._config.hang_timeout:g} s (rollout.hang_timeout)\n{self._diagnosis()}"
             )
+        if self._client.num_running:
+            moved()
 
     def restart(self) -> None:
         """A new server in place of this one, dead or alive; it has no weights until the next sync."""

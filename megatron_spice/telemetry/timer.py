@@ -10,15 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+BETWEEN = "between phases"
+
 
 class PhaseTimer:
     """Times phases from its making, or the last `restart`.
 
-    `phase(name)` is a context manager; a name used again adds up. `clock` gives seconds and never goes back.
+    `phase(name)` is a context manager; a name used again adds up. `clock` gives seconds and never goes back. `on_phase` is told
+    the name of each phase that begins or is gone back to, BETWEEN outside of all.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, on_phase: Callable[[str], None] = lambda name: None):
         self._clock = clock
+        self._on_phase = on_phase
+        self._names: list[str] = []
         self._inner: list[float] = []  # seconds spent in phases inside each open phase
         self.restart()
 
@@ -33,6 +38,8 @@ class PhaseTimer:
         """Count the time inside the `with` as `name`, also when it ends by an exception."""
         began = self._clock()
         self._inner.append(0.0)
+        self._names.append(name)
+        self._on_phase(name)
         try:
             yield
         finally:
@@ -41,6 +48,8 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + own
             if self._inner:
                 self._inner[-1] += elapsed
+            self._names.pop()
+            self._on_phase(self._names[-1] if self._names else BETWEEN)
 
     def metrics(self) -> dict[str, float]:
         """`seconds/<phase>` in the order they began to be counted, `seconds/other` and `seconds/iteration`, so far."""

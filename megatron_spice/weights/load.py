@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.weights.hf_folder import HFTensors
 from megatron_spice.weights.names import Entry, split_for_rank, table
@@ -54,6 +55,7 @@ def fill(
         if part.shape != parameters[key].shape:  # copy_ would stretch it
             raise ValueError(f"{key[1]} has shape {tuple(parameters[key].shape)}, {entry.hf} make one of {tuple(part.shape)}")
         parameters[key].copy_(part)
+        moved()
         untouched.discard(key)
     if untouched:
         raise ValueError(f"parameters that the name table does not know: {sorted(untouched)[:5]}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.rollout.crew import Crew
 
 
@@ -97,6 +98,7 @@ def push(
         for bucket in buckets():
             num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
             missing.difference_update(bucket)
+            moved()
             sending.result()
             sending = sender.submit(_send, crew, list(bucket.items()))
         sending.result()

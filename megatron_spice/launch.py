@@ -1,0 +1,78 @@
+"""torchrun, with a word in the end that a person can use: `python -m megatron_spice.launch [torchrun's options] ...`.
+
+torchrun's own report of a failure is a page that names an exit code. Here the last lines name the rank, its node, the error
+and its log. A rank that was killed could not say so: its log is marked on its behalf. With several nodes each launcher speaks
+for its own ranks; who failed first among all, slurm/spice.sh asks of the logs (`telemetry/rank_logs.py`) when the job has ended.
+
+Exit code: the ranks' own where all that failed agree on one (75: asked to end, and saved), otherwise 1; a recipe that a rank
+refused, which is said by then, is 1 too: something was started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import parse_args, run
+
+from megatron_spice.cluster.exit_codes import INTERRUPTED
+from megatron_spice.config.errors import EXIT_CODE as REFUSED
+from megatron_spice.telemetry import rank_log, rank_logs
+
+RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the ranks of this node to their end."""
+    try:
+        run(parse_args(list(arguments)))
+    except ChildFailedError as error:
+        return _failed(error)
+    except SignalException as error:
+        print(f"spice: the launcher on {rank_log.host_name()} was ended by {error.sigval.name}, its ranks with it", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _failed(error: ChildFailedError) -> int:
+    """Says what became of the ranks that failed by themselves; returns the exit code."""
+    codes = {failure.exitcode for failure in error.failures.values()}
+    if codes == {INTERRUPTED}:
+        return INTERRUPTED
+    if codes == {REFUSED}:
+        return 1
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    # Ranks that torchrun itself has ended meanwhile are among them.
+    failures = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM} or error.failures
+    for rank, failure in failures.items():
+        if run_dir and failure.exitcode < 0:
+            rank_log.mark(rank_log.path_of(Path(run_dir), rank), rank_log.KILLED, f"by {_signal(failure)}")
+    logs = [log for log in rank_logs.read(Path(run_dir)) if log.rank in failures] if run_dir else []
+    cause = rank_logs.first_cause(logs)
+    rank = cause.rank if cause is not None else min(failures, key=lambda rank: failures[rank].timestamp)
+    failure = failures[rank]
+    print(f"spice: rank {rank} on {rank_log.host_name()} (process {failure.pid}) {_story(failure)}", file=sys.stderr)
+    if "SLURM_JOB_ID" not in os.environ and cause is not None:
+        print(f"spice: {rank_logs.told(rank_logs.read(Path(run_dir or '.')))}", file=sys.stderr)
+    return 1
+
+
+def _signal(failure: ProcessFailure) -> str:
+    return signal.Signals(-failure.exitcode).name
+
+
+def _story(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"was killed by {_signal(failure)}"
+    if isinstance(failure.message, dict):
+        return f"failed:\n{failure.message.get('message', '').rstrip()}"
+    return f"ended with exit code {failure.exitcode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
