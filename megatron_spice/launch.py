@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import parse_args, run
 
 from megatron_spice.cluster.exit_codes import INTERRUPTED
+from megatron_spice.cluster.scratch import cache_folders
 from megatron_spice.config.errors import EXIT_CODE as REFUSED
 from megatron_spice.telemetry import rank_log, rank_logs
 
@@ -28,7 +29,8 @@ RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the ranks of this node to their end."""
+    """Runs the ranks of this node to their end, with their caches on this node."""
+    os.environ.update(cache_folders(os.environ))
     try:
         run(parse_args(list(arguments)))
     except ChildFailedError as error:

@@ -12,4 +12,4 @@
 # export SPICE_CONTAINER=nvcr.io/nvidia/pytorch:26.05-py3   # with Pyxis; a .sif file with Apptainer
 # export SPICE_MOUNTS=/scratch:/scratch                     # more folders for a Pyxis container
 
-# export TRITON_CACHE_DIR=/local/$USER/triton TORCHINDUCTOR_CACHE_DIR=/local/$USER/inductor   # caches belong on the node
+# export SPICE_SCRATCH=/local/$USER   # a folder on each node for caches of compiled kernels; default: SLURM_TMPDIR, TMPDIR or /tmp

@@ -26,6 +26,7 @@
 #   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
 #   SPICE_VENV         the environment that install.sh made, when it is not .venv
 #   SPICE_SITE         a file with this cluster's settings (slurm/site.example.sh), when it is not slurm/site.sh
+#   SPICE_SCRATCH      a folder on each node for caches of compiled kernels (megatron_spice/cluster/scratch.py says what else may be)
 #   SPICE_CONTAINER    run in this image: a file for Apptainer, anything else for Pyxis
 set -euo pipefail
 

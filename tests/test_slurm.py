@@ -5,8 +5,11 @@ The nodes are both this machine. Ranks, engines, checkpoints and requeueing are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from tiny_recipe import tiny_recipe
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.telemetry import rank_logs
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 5
@@ -88,34 +92,84 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def test_a_job_that_is_requeued_cut_short_killed_and_cancelled_plays_every_passage_once(slurm, recipe, tmp_path):
-    """Two nodes of two ranks, tensor and pipeline parallel. Only the last iteration is due for a checkpoint: every other one is
-    made because the job was asked to end, apart from the one before the crash."""
-    run_dir = tmp_path / "run"
-    settings = ("policy.tensor_parallel_size=2", "train.iterations=12", "checkpoint.every=6", "cluster.timeout=60")
-    job = Job(slurm, recipe, run_dir, *settings)
+def rank_of(run_dir: Path, rank: int) -> psutil.Process | None:
+    return next((process for process in ranks(run_dir) if _environ(process).get("RANK") == str(rank)), None)
 
+
+def signal_rank(job: Job, rank: int, number: int) -> None:
+    job.sleep_until(lambda: rank_of(job.run_dir, rank) is not None)
+    rank_of(job.run_dir, rank).send_signal(number)
+
+
+def kill_node(slurm: Cluster, job: Job, node: str) -> None:
+    """SIGKILL to a node's slurmd and to all that it has started for the job, its step daemon too."""
+    slurm.kill(f"slurmd-{node}")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = _environ(process)
+            if environment.get("SLURMD_NODENAME") == node and environment.get("SLURM_JOB_ID") == str(job.number):
+                if "slurmstepd" in " ".join(process.parent().cmdline()):
+                    process.parent().kill()
+                process.kill()
+
+
+SETTINGS = ("policy.tensor_parallel_size=2", "train.iterations=16")
+
+
+def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recipe, tmp_path):
+    """Two nodes of two ranks, tensor and pipeline parallel, then tensor and data parallel from the same checkpoints. In the first
+    job only iteration 6 is due for a checkpoint: the others are made because the job was asked to end."""
+    run_dir = tmp_path / "run"
+    job = Job(slurm, recipe, run_dir, *SETTINGS, "checkpoint.every=6", "cluster.timeout=60")
     job.sleep_until(lambda: len(job.iterations()) >= 2)
-    slurm.client("scontrol", "requeue", str(job.number))  # as a preemption does: SIGTERM for all processes, then the queue
+    urgent = slurm.client("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     job.sleep_until(lambda: job.restarts() == 1 and len(job.iterations()) >= 4)
+    assert slurm.job(urgent.strip())["JobState"] == "COMPLETED", "it was to go first"
     slurm.client("scancel", "--batch", "--signal=USR1", str(job.number))  # as the end of the time limit announces itself
     job.sleep_until(lambda: job.restarts() == 2)
-    job.sleep_until(lambda: 6 in job.iterations() and list(run_dir.glob("checkpoints/iteration_0000006")) != [] and ranks(run_dir) != [])
-    ranks(run_dir)[-1].kill()
+    job.sleep_until(lambda: 6 in job.iterations() and list(run_dir.glob("checkpoints/iteration_0000006")) != [])
+    signal_rank(job, 2, signal.SIGKILL)
     job.sleep_until(lambda: job.restarts() == 3 and len(job.iterations()) >= 8)
     slurm.client("scancel", str(job.number))
     job.end("CANCELLED")
     saved = sorted(path.name for path in run_dir.glob("checkpoints/*"))
     assert saved and not any(name.endswith(".partial") for name in saved), saved
-
-    again = Job(slurm, recipe, run_dir, *settings)
-    again.end("COMPLETED")
-    assert "resumed from" in again.log.read_text(), again.story()
-    assert again.iterations() == list(range(1, 13))
-    episodes = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
-    sampler = PassageSampler(Corpus(recipe.parent / "corpus", TextTokenizer.from_dir(recipe.parent / "hf")), SEED)
-    expected = [(number, passage.index) for number in range(1, 13) for passage in sampler.next(3)]
-    assert [(episode["iteration"], episode["passage"]["index"]) for episode in episodes] == expected
-    assert not ranks(run_dir), "something outlived the job"
     log = job.log.read_text()
     assert log.count("interrupted (SIGTERM)") + log.count("interrupted (SIGUSR1)") >= 2, log[-6000:]
+    assert re.search(r"spice.sh: first cause: rank 2 on n2 .* killed by SIGKILL; its log: .*/rank_2.log", log), log[-6000:]
+
+    _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm, recipe, run_dir)
+    assert job.iterations() == list(range(1, 17))
+    episodes = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
+    sampler = PassageSampler(Corpus(recipe.parent / "corpus", TextTokenizer.from_dir(recipe.parent / "hf")), SEED)
+    expected = [(number, passage.index) for number in range(1, 17) for passage in sampler.next(3)]
+    assert [(episode["iteration"], episode["passage"]["index"]) for episode in episodes] == expected
+    assert not ranks(run_dir), "something outlived the jobs"
+    logs = rank_logs.read(run_dir)
+    assert [(log.rank, log.host, log.state) for log in logs] == [(0, "n1", "ended"), (1, "n1", "ended"), (2, "n2", "ended"), (3, "n2", "ended")]
+    assert min(log.attempts for log in logs) == 8
+
+
+def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm: Cluster, recipe: Path, run_dir: Path) -> None:
+    job = Job(slurm, recipe, run_dir, *SETTINGS, "policy.pipeline_parallel_size=1", "checkpoint.every=1", "cluster.timeout=25")
+    job.sleep_until(lambda: job.iterations()[-1] >= 10 and checkpoint(run_dir) >= 9)
+    signal_rank(job, 0, signal.SIGKILL)
+    job.sleep_until(lambda: job.restarts() == 1)
+    resumed = checkpoint(run_dir)
+    job.sleep_until(lambda: job.restarts() == 1 and checkpoint(run_dir) > resumed)
+    signal_rank(job, 1, signal.SIGSTOP)
+    job.sleep_until(lambda: job.restarts() == 2)
+    log = job.log.read_text()
+    assert "resumed from" in log and re.search(r"first cause: rank 0 on n1 .* killed by SIGKILL", log), job.story()
+    assert re.search(r"the run hangs: .*rank 1 \(n1\) gives no sign of life: it has been in .*, stopped\)", log), job.story()
+    resumed = checkpoint(run_dir)
+    job.sleep_until(lambda: checkpoint(run_dir) > resumed)
+    kill_node(slurm, job, "n2")
+    job.sleep_until(lambda: job.restarts() == 3)
+    slurm.start_node("n2")
+    job.end("COMPLETED")
+
+
+def checkpoint(run_dir: Path) -> int:
+    """The newest iteration that has a checkpoint."""
+    return max((int(path.name.partition("_")[2]) for path in run_dir.glob("checkpoints/iteration_???????")), default=0)

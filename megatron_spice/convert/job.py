@@ -94,6 +94,10 @@ def _locked(partial: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is writing {partial}; wait for it, or end it") from error
+        except OSError as error:
+            # NFS locks only what is open for writing, which a folder never is, and some file systems lock nothing.
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
         if not partial.exists() or os.stat(partial).st_ino != os.fstat(descriptor).st_ino:
             raise ValueError(f"another process has just finished {partial.with_suffix('')}")
         yield

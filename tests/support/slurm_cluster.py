@@ -164,14 +164,14 @@ def _until(condition, made: Cluster, what: str, seconds: float = 30.0) -> None:
 
 
 def _configuration(folder: Path, munge: Path, controller: int, slurmd: list[int], cpus: int) -> str:
-    """cred_expire is also how long a requeued job has to wait, 2 minutes by default."""
+    """cred_expire is also how long a requeued job has to wait, 2 minutes by default. Jobs of `urgent` preempt those of `main`."""
     return f"""\
 ClusterName=test
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={controller}
 AuthType=auth/munge
-AuthInfo=socket={munge},cred_expire=6
+AuthInfo=socket={munge},cred_expire=3
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -194,7 +194,10 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 NodeName=n1 NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={slurmd[0]} CPUs={cpus}
 NodeName=n2 NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={slurmd[1]} CPUs={cpus}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10
 """
 
 
