@@ -114,7 +114,8 @@ newest_checkpoint() {
     find "$SPICE_RUN_DIR/checkpoints" -maxdepth 1 -name 'iteration_*' ! -name '*.partial' | sort | tail -n 1
 }
 
-first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)"
+first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")"
+first_node="${first_node%%$'\n'*}" # not by `head`, which may end before scontrol has told them all: that fails a pipe
 first_address="$(address_of "$first_node")"
 port=$((20000 + SLURM_JOB_ID % 10000))
 step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1)

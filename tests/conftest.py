@@ -16,6 +16,10 @@ FIRST = ("config", "game", "corpus", "telemetry", "evaluation", "tools")
 LAST = ("weights", "checkpoint", "policy", "cluster", "rollout", "train")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-snapshots", action="store_true", help="write what is found to tests/snapshots instead of comparing")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _rank(item.path.relative_to(ROOT).parts))
 

@@ -1,0 +1,52 @@
+"""What slurm/*.sh start, in every way they may be called, compared with tests/snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from recorded_commands import SNAPSHOTS, Recorder, assert_as_before
+
+CPU = {"SPICE_RANKS_PER_NODE": "2", "SPICE_DEVICE_KIND": "cpu", "SPICE_RUN_DIR": "runs/my run"}
+CUDA = CPU | {"SPICE_RANKS_PER_NODE": "8", "SPICE_DEVICE_KIND": "cuda"}
+JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
+SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
+CORPUS = ["in put.jsonl", "--tokenizer", "hf", "--output", "out"]
+ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_ID": "2"}
+
+# name -> what launch-env answers, script, arguments, environment, site file
+CASES = {
+    "spice-alone-cpu": (CPU, "slurm/spice.sh", ["recipe.yaml"], {}, ""),
+    "spice-alone-cuda": (CUDA, "slurm/spice.sh", ["recipe.yaml"], {}, ""),
+    "spice-alone-own-threads": (CPU, "slurm/spice.sh", ["recipe.yaml"], {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth0"}, ""),
+    "spice-dry-run": (CPU, "slurm/spice.sh", ["--dry-run", "--nodes=2", "recipe.yaml"], {}, ""),
+    "spice-one-node": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB, ""),
+    "spice-two-nodes-odd-words": (CUDA, "slurm/spice.sh", ODD, TWO, ""),
+    "spice-two-nodes-unresolved": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"UNRESOLVED": "yes"}, ""),
+    "spice-two-nodes-failed": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "1"}, ""),
+    "spice-two-nodes-failed-later": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}, ""),
+    "spice-two-nodes-saved-and-ended": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "75"}, ""),
+    "spice-apptainer": (CUDA, "slurm/spice.sh", ["recipe.yaml"], TWO | {"SPICE_CONTAINER": "slurm/spice.sh"}, ""),
+    "spice-pyxis-site-file": (CUDA, "slurm/spice.sh", ODD, TWO, SITE),
+    "preprocess-alone": (CPU, "slurm/preprocess.sh", CORPUS, {}, ""),
+    "preprocess-tasks-here": (CPU, "slurm/preprocess.sh", CORPUS, {"SPICE_TASKS": "2"}, ""),
+    "preprocess-array": (CPU, "slurm/preprocess.sh", CORPUS, JOB | ARRAY, ""),
+    "preprocess-apptainer": (CPU, "slurm/preprocess.sh", CORPUS, JOB | {"SPICE_CONTAINER": "slurm/spice.sh"}, ""),
+    "preprocess-pyxis-site-file": (CPU, "slurm/preprocess.sh", CORPUS, JOB | ARRAY, SITE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_script_starts_what_it_did(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    answer, script, arguments, more, site = CASES[name]
+    recorder = Recorder(tmp_path, answer)
+    if site:
+        (recorder.house / "slurm" / "site.sh").write_text(site)
+    assert_as_before(name, recorder.story(script, arguments, **more), request.config.getoption("--rewrite-snapshots"))
+
+
+def test_every_snapshot_belongs_to_a_case() -> None:
+    ours = {path.stem for path in SNAPSHOTS.glob("*.txt") if path.stem.startswith(("spice-", "preprocess-"))}
+    assert ours == set(CASES)
