@@ -27,7 +27,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium 
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null ||
     echo "tests/run.sh: Chromium could not be installed" >&2
 fi
-axe=axe-core@4.14.1
+axe="axe-core@4.14.1"
 if command -v npm >/dev/null && [ ! -e assets/axe-core ]; then
   folder="$(mktemp -d)"
   if (cd "$folder" && npm pack --silent "$axe" && tar xzf axe-core-*.tgz) >/dev/null; then
