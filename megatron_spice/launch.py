@@ -43,14 +43,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _failed(error: ChildFailedError) -> int:
     """Says what became of the ranks that failed by themselves; returns the exit code."""
-    codes = {failure.exitcode for failure in error.failures.values()}
+    # Ranks that torchrun itself has ended meanwhile are among them.
+    failures = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM} or error.failures
+    codes = {failure.exitcode for failure in failures.values()}
     if codes == {INTERRUPTED}:
         return INTERRUPTED
     if codes == {REFUSED}:
         return 1
     run_dir = os.environ.get(RUN_DIR_VARIABLE)
-    # Ranks that torchrun itself has ended meanwhile are among them.
-    failures = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM} or error.failures
     for rank, failure in failures.items():
         if run_dir and failure.exitcode < 0:
             rank_log.mark(rank_log.path_of(Path(run_dir), rank), rank_log.KILLED, f"by {_signal(failure)}")
