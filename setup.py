@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_spice", "megatron_spice.*"]),
     include_package_data=True,
-    package_data={"megatron_spice.report": ["*.jinja", "*.css", "*.js"]},
+    package_data={"megatron_spice.cost": ["devices/*.json"], "megatron_spice.report": ["*.jinja", "*.css", "*.js"]},
     install_requires=["pydantic", "pyyaml"],
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "stages", "evaluation", "test")},
     entry_points={"console_scripts": ["megatron-spice = megatron_spice.__main__:main"]},

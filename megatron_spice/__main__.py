@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _recipe_command(commands, "train", _train, "train a recipe (one rank; slurm/spice.sh starts them all)")
     command = _recipe_command(commands, "plan", _plan, "print what a recipe would do; starts nothing")
     command.add_argument("--nodes", type=_positive, default=1, help="number of nodes (default 1)")
+    command.add_argument("--calibration", type=Path, help="what work costs here (tools/benchmark.py calibrate); default: by device")
     command = _recipe_command(commands, "launch-env", _launch_env, "check a recipe; print what slurm/spice.sh needs")
     command.add_argument("--nodes", type=_positive, default=1, help="number of nodes (default 1)")
 
@@ -125,7 +126,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = _load(options)
-    text, problems = plan.describe(config, options.nodes)
+    text, problems = plan.describe(config, options.nodes, options.calibration)
     print(text)
     print(plan.job(config, options.nodes, [options.recipe, *options.overrides]))
     if problems:

@@ -1,6 +1,6 @@
 """What a recipe would start, said without starting it: settings, ranks and their places, engines, paths.
 
-Where everything goes and what it takes of the devices' memory; how long it takes is not estimated yet.
+Where everything goes, what it takes of the devices' memory, and how long it is expected to take (cost/).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
+from megatron_spice.cost import estimate
+from megatron_spice.cost.device import default_file, read_device
 from megatron_spice.policy import checkpoint_room, memory_budget, memory_verdict
 from megatron_spice.policy.memory_budget import GIB, Device
 from megatron_spice.rollout.placement import remote_engines
@@ -29,8 +31,13 @@ INSTRUCTIONS = 1024
 """Tokens of a prompt besides its passage, at most; assumed, since counting them takes the tokenizer."""
 
 
-def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
-    """The plan as text, and what is in its way (empty when the recipe can run here)."""
+def describe(config: Config, num_nodes: int, calibration: Path | None = None) -> tuple[str, list[str]]:
+    """The plan as text, and what is in its way (empty when the recipe can run here).
+
+    Args:
+        calibration: the file with what work costs on the device; None: the one that comes with the package.
+    """
+    constants = read_device(calibration or default_file(machine.device(config.cluster.device)))
     problems: list[str] = []
     model, layout = "not readable", None
     try:
@@ -49,6 +56,7 @@ def describe(config: Config, num_nodes: int) -> tuple[str, list[str]]:
         text, too_much = memory(config, shape, layout)
         parts += [text, checkpoint_room.describe(config, shape)[0]]
         problems = problems + too_much
+        parts.append(estimate.table(config, shape, num_nodes, constants, machine.usable_cores()))
     if not check_layout(config, num_nodes):
         parts.append(_engines(config, num_nodes))
     return "\n".join(parts), problems

@@ -29,6 +29,7 @@ FLOORS = {
     "evaluation": 5,
     "crossplay": 5,
     "policy": 5,
+    "cost": 5,
     "tools": 5,
     "machine": 6,
     "doctor": 6,
@@ -52,6 +53,8 @@ BESIDE = {
     ("tools", "crossplay"),
     ("crossplay", "convert"),
     ("tools", "policy"),
+    ("tools", "cost"),
+    ("cost", "policy"),  # its counts of operations, rows and parameters, which are plain Python
     ("tools", "machine"),  # benchmarks say on what they ran
     ("tools", "assemble"),  # a benchmark runs the driver with engines of its own
     ("tools", "train"),

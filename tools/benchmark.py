@@ -12,6 +12,7 @@
     python tools/benchmark.py passages
     python tools/benchmark.py convert --gigabytes 3
     python tools/benchmark.py checkpoint --model assets/smollm2-135m-instruct
+    python tools/benchmark.py calibrate --model assets/smollm2-135m-instruct
     python tools/benchmark.py scaling --ranks 1,2,4,8,16,32
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import benchmark_ranks  # noqa: E402
+import calibrate_benchmark  # noqa: E402
 import checkpoint_benchmark  # noqa: E402
 import convert_benchmark  # noqa: E402
 import iteration_benchmark  # noqa: E402
@@ -58,6 +60,7 @@ SUITES: dict[str, Any] = {
     "preprocess": preprocess_benchmark, "passages": passages_benchmark, "convert": convert_benchmark,
     "checkpoint": checkpoint_benchmark,
     "scaling": scaling_benchmark,
+    "calibrate": calibrate_benchmark,
 }  # fmt: skip
 VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transformer-engine", "numpy", "tokenizers", "gigatoken")
 
@@ -91,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = options.name or options.suite
         (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.output / f"{name}.txt").write_text(text + "\n")
-        if results and hasattr(suite, "draw"):
-            suite.draw(results, options.output / f"{name}.png")
+        if results and hasattr(suite, "finish"):
+            suite.finish(results, options.output, name)
     print(f"{report['command']}\n{json.dumps(report['machine'])}\n{text}")
     return 1 if failed else 0
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Layer stacks by name: SmolLM2 135M, Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
+# Layer stacks by name: one of SmolLM2's size whose heads two ranks can share, SmolLM2 135M, Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
 STACKS = {
+    "small": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8},
     "135m": {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9},
     "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
     "3b": {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24},
@@ -120,10 +121,10 @@ def _config(job: dict[str, Any]) -> Any:
 
 
 def _stack(name: str, layers: int | None) -> dict[str, Any]:
-    small = name == "135m"
+    small = name in ("small", "135m")
     shape = dict(STACKS[name], num_hidden_layers=layers or STACKS[name]["num_hidden_layers"])
     return {
-        "model_type": "llama", "num_key_value_heads": 3 if small else 8, "head_dim": 128 if name in ("3b", "8b") else 64,
+        "model_type": "llama", "num_key_value_heads": {"small": 4, "135m": 3}.get(name, 8), "head_dim": 128 if name in ("3b", "8b") else 64,
         "vocab_size": 49152 if small else 128256, "tie_word_embeddings": small, "max_position_embeddings": 131072,
         "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **shape,
     }  # fmt: skip

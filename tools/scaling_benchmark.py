@@ -101,9 +101,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Efficiency and seconds by phase over the number of ranks."""
+def finish(results: Sequence[dict[str, Any]], folder: Path, name: str) -> None:
+    """Draws efficiency and seconds by phase over the number of ranks."""
     from benchmark_figures import scaling_figure
 
     rows = summary(results)
-    scaling_figure(path, [row["ranks"] for row in rows], [row["efficiency"] for row in rows], [row["phases"] for row in rows], "ranks")
+    scaling_figure(folder / f"{name}.png", [row["ranks"] for row in rows], [row["efficiency"] for row in rows], [row["phases"] for row in rows], "ranks")

@@ -1,0 +1,153 @@
+"""Expected seconds of an iteration by phase, tokens a second, and weak scaling to many nodes, as `plan` prints them.
+
+    sync     sleep of the policy, the weights' bytes at the copy rate, check of both sides, barriers
+    play     the busiest engine's work (play.py), and half a passage more where several engines wait for the last one
+    wake     the hand-over back, and on CUDA what the policy had moved to the host
+    train    the busiest rank's update (update.py)
+    save     copying a rank's state, shared out over the iterations between two saves; writing goes on beside
+    other    episodes that every rank reads, barriers that grow with the logarithm of the ranks
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_spice.config.hf import ModelArchitecture
+from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.config.schema import Config
+from megatron_spice.cost.device import Device, Work, scaled
+from megatron_spice.cost.play import EngineShape, play_work
+from megatron_spice.cost.update import update_work
+from megatron_spice.cost.workload import Workload
+from megatron_spice.policy.packing import Cost, plan_rows
+from megatron_spice.policy.parameter_count import engine_parameters, rank_parameters
+
+MOST_RANKS = 1024
+STATE_BYTES = 14.0  # of a number in a checkpoint: weight, master weight, two moments
+EPISODE_BYTES = 12.0  # of a token in what ranks exchange: id and log-probability
+HAND_OVERS, BARRIERS = 1.0, 8.0  # of an iteration
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds by phase, and the tokens trained on."""
+
+    ranks: int
+    phases: dict[str, float]
+    tokens: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+
+def estimate(
+    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1, workload: Workload | None = None
+) -> Estimate:
+    """An iteration on so many nodes.
+
+    Args:
+        cores: of a node, where the device is a CPU.
+    """
+    ranks = num_nodes * config.cluster.ranks_per_node
+    layout = ParallelLayout.of(config.policy, architecture, ranks)
+    load = workload or Workload.of(config)
+    engines = len(config.rollout.engines) or num_nodes * config.rollout.engines_per_node
+    threads = max(1, cores // config.cluster.ranks_per_node) if device.on_cpu else 1
+    numbers = max(rank_parameters(architecture, layout, stage).held for stage in range(layout.pipeline))
+    return Estimate(ranks, {
+        "sync": device.seconds(sync_work(config, architecture)),
+        "play": _play_seconds(config, architecture, load, engines, device),
+        "wake": device.seconds(_wake_work(config, numbers, device)),
+        "train": device.seconds(train_work(config, architecture, layout, load, device), threads),
+        "save": device.seconds(save_work(numbers * STATE_BYTES / layout.data)) / config.checkpoint.every,
+        "other": device.seconds(_other_work(load, ranks)),
+    }, load.trained_tokens())  # fmt: skip
+
+
+def sync_work(config: Config, architecture: ModelArchitecture) -> Work:
+    """The weights' way to the engines, from the policy's going to sleep to the check."""
+    size = 4.0 if config.policy.precision == "fp32" else 1.0 if config.rollout.weights == "fp8" else 2.0
+    return {
+        "copy": size * engine_parameters(architecture, 1), "hand_over": HAND_OVERS, "check": float(config.rollout.verify_sync),
+    }  # fmt: skip
+
+
+def train_work(config: Config, architecture: ModelArchitecture, layout: ParallelLayout, load: Workload, device: Device) -> Work:
+    """All optimiser steps of an iteration."""
+    passages = max(1, math.ceil(load.passages / layout.data / config.train.optimizer_steps))
+    trajectories = load.trajectories(passages)
+    multiple = layout.pipeline if layout.virtual > 1 else 1
+    policy = config.policy
+    [rows] = plan_rows(
+        trajectories, policy.tokens_per_microbatch, 1, policy.shared_prefix, Cost.of(architecture), multiple
+    )  # fmt: skip
+    step = update_work(architecture, policy, layout, rows, config.cluster.ranks_per_node)
+    return scaled(step, float(config.train.optimizer_steps))
+
+
+def save_work(num_bytes: float) -> Work:
+    """What an iteration waits for when a rank's state of so many bytes is saved."""
+    return {"save": 1.0, "save_copy": num_bytes}
+
+
+def engine_shape(config: Config, architecture: ModelArchitecture, device: Device) -> EngineShape:
+    """A recipe's engines; how much their KV cache takes is known on a CPU, and on CUDA taken as enough."""
+    kv_tokens = float(config.rollout.max_total_tokens) if device.on_cpu else math.inf
+    size = 4.0 if config.policy.precision == "fp32" else 1.0 if config.rollout.weights == "fp8" else 2.0
+    return EngineShape(config.rollout.tensor_parallel_size, config.rollout.max_running_requests, kv_tokens, size, max(2.0, size))
+
+
+def _play_seconds(config: Config, architecture: ModelArchitecture, load: Workload, engines: int, device: Device) -> float:
+    shape = engine_shape(config, architecture, device)
+    share = load.passages / engines
+    batches = load.batches(share, config.rollout.passages_in_flight)
+    seconds = device.seconds(play_work(architecture, shape, batches))
+    rounds = max(1, len(batches) // 2)
+    return seconds + seconds / rounds / 2.0 * (1.0 - 1.0 / engines)
+
+
+def _wake_work(config: Config, numbers: int, device: Device) -> Work:
+    moved = 0.0 if device.on_cpu or config.policy.sleep == "gradients" else numbers * STATE_BYTES
+    return {"hand_over": HAND_OVERS, "save_copy": moved}
+
+
+def _other_work(load: Workload, ranks: int) -> Work:
+    return {"exchange": load.trained_tokens() * EPISODE_BYTES if ranks > 1 else 0.0, "barrier": BARRIERS * math.log2(max(1, ranks))}
+
+
+def scaling(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> list[Estimate]:
+    """The same recipe with more nodes and as many more passages, up to 1,024 ranks."""
+    found, times = [], 1
+    load = Workload.of(config)
+    while times == 1 or num_nodes * times * config.cluster.ranks_per_node <= MOST_RANKS:
+        found.append(estimate(config, architecture, num_nodes * times, device, cores, replace(load, passages=load.passages * times)))
+        times *= 2
+    return found
+
+
+def table(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> str:
+    """What `plan` prints."""
+    rows = scaling(config, architecture, num_nodes, device, cores)
+    first = rows[0]
+    names = list(first.phases)
+    lines = [
+        f"# Expected time of an iteration on {device.name}: {first.seconds:.1f} s, {first.tokens / first.seconds:.0f} tokens/s trained on",
+        Workload.of(config).describe(),
+        "nodes  ranks  passages  " + "  ".join(f"{name:>7}" for name in names) + "  seconds   tokens/s  efficiency",
+    ]
+    for place, row in enumerate(rows):
+        nodes = row.ranks // config.cluster.ranks_per_node
+        phases = "  ".join(f"{row.phases[name]:7.2f}" for name in names)
+        lines.append(
+            f"{nodes:>5}  {row.ranks:>5}  {config.train.passages * 2**place:>8}  {phases}  {row.seconds:7.1f}  {row.tokens / row.seconds:9.0f}  "
+            f"{first.seconds / row.seconds:10.2f}"
+        )
+    known = {True: [], False: []}
+    for name, constant in device.constants.items():
+        known[constant.measured].append(name)
+    lines.append("(with the nodes, passages grow: weak scaling, modelled)")
+    lines.append(f"constants measured: {', '.join(known[True]) or 'none'}")
+    lines.append(f"constants assumed or published: {', '.join(known[False]) or 'none'}")
+    return "\n".join(lines) + "\n"

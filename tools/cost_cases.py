@@ -1,0 +1,239 @@
+"""Measured cases of the cost model: from the results of benchmarks, the work that the model counts and the seconds it took.
+
+`fit` finds the constants of least squared relative error, none below zero (Lawson and Hanson's active set); a weak pull to
+what was assumed before keeps those in place that the cases cannot tell apart. `calibration` writes a device's file.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from policy_benchmark import _stack, make_trajectories
+
+from megatron_spice.config.hf import ModelArchitecture, read_architecture
+from megatron_spice.config.layout import ParallelLayout
+from megatron_spice.config.schema import PolicyConfig
+from megatron_spice.cost.device import RATES, SHARED_BY_THREADS, TIMES, Device, Work
+from megatron_spice.cost.estimate import save_work
+from megatron_spice.cost.play import Batch, EngineShape, batch_work, play_work
+from megatron_spice.cost.update import update_work
+from megatron_spice.game.records import Trajectory
+from megatron_spice.policy.packing import Block, Cost, Row, plan_rows
+
+PRIOR = 1e-2
+"""Weight of a constant's relative distance from what was assumed, beside a case's relative error."""
+SEEN = 0.03
+"""A constant is measured if it is such a share of at least one case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was measured: `seconds` for this work on so many threads; `calibrates`: the constants may come from it."""
+
+    name: str
+    part: str
+    work: Work
+    threads: int
+    seconds: float
+    calibrates: bool
+
+    def off(self, device: Device) -> float:
+        """Prediction / measurement - 1."""
+        return device.seconds(self.work, self.threads) / self.seconds - 1.0
+
+
+def architecture_of(job: Mapping[str, Any], shapes: Mapping[str, ModelArchitecture]) -> ModelArchitecture:
+    """A stack's, or that of a Hugging Face folder's name among `shapes`."""
+    name = Path(job["model"]).name
+    return shapes[name] if name in shapes else ModelArchitecture.from_config(_stack(job["model"], job["layers"]), job["model"])
+
+
+def update_case(job: Mapping[str, Any], seconds: Sequence[float], architecture: ModelArchitecture) -> Case:
+    """A job of the policy suite."""
+    settings = {"precision": job["precision"], "tokens_per_microbatch": job["row_tokens"], "model": job["model"], **job["settings"]}
+    config = PolicyConfig.model_validate(settings)
+    layout = ParallelLayout.of(config, architecture, job["ranks"])
+    trajectories = make_trajectories(dict(job), architecture.vocab_size)
+    multiple = layout.pipeline if layout.virtual > 1 else 1
+    plan = plan_rows(trajectories, job["row_tokens"], layout.data, job["shared"], Cost.of(architecture), multiple)
+    work = update_work(architecture, config, layout, plan[0], job["ranks"])
+    return Case(job["title"], "train", work, job["threads"], statistics.median(seconds), job["calibrates"])
+
+
+def iteration_cases(
+    metrics: Mapping[str, float], architecture: ModelArchitecture, name: str, calibrates: bool, ranks: int = 2, cores: int = 2
+) -> list[Case]:
+    """The phases of an iteration of the quickstart's recipe, by what its metrics say was played and trained on."""
+    config = PolicyConfig.model_validate({"model": "unused", "pipeline_parallel_size": ranks, "tokens_per_microbatch": 640})
+    layout = ParallelLayout.of(config, architecture, ranks)
+    rows = even_rows(metrics["policy/tokens"], metrics["policy/completion_tokens"], 640)
+    train = update_work(architecture, config, layout, rows, ranks)
+    challenger, reasoner = played_batches(metrics)
+    play = play_work(architecture, EngineShape(), [challenger, reasoner])
+    sync = {"copy": metrics["sync/gib"] * 2**30, "hand_over": 1.0, "check": 1.0}
+    return [
+        Case(f"{name} {part}", part, work, cores // ranks, metrics[f"seconds/{part}"], calibrates)
+        for part, work in (("play", play), ("train", train), ("sync", sync), ("wake", {"hand_over": 1.0}))
+    ]
+
+
+def played_batches(metrics: Mapping[str, float]) -> tuple[Batch, Batch]:
+    """What an iteration's engine wrote: passages of four in flight, 8 samples a request."""
+    attempts, tasks = metrics["challenger/attempts"], metrics["reasoner/tasks"]
+    rounds = 1 + round((attempts - 32) / 8)  # one passage's further attempts follow its first
+    return (
+        Batch(round(attempts / 8), 330, _lengths(metrics["challenger/length"], round(attempts), 48 * rounds)),
+        Batch(round(tasks), 130, _lengths(metrics["reasoner/length"], round(tasks * 8), 12)),
+    )
+
+
+def _lengths(mean: float, count: int, longest: float) -> list[float]:
+    """So many lengths of this mean, of which one is the longest."""
+    rest = (mean * count - longest) / max(1, count - 1)
+    return [longest, *([max(1.0, rest)] * (count - 1))]
+
+
+def even_rows(tokens: float, completions: float, budget: int) -> list[Row]:
+    """Rows of equal size with so many tokens in all."""
+    count = max(1, round(tokens / (0.8 * budget)))
+    length = max(1, round(completions / count / 8))
+    prompt = (0,) * max(1, round(tokens / count) - 8 * length)
+    group = tuple(Trajectory("challenger", prompt, (0,) * length, (), 1.0, 0.0) for _ in range(8))
+    return [(Block(prompt, group),) for _ in range(count)]
+
+
+def engine_cases(result: Mapping[str, Any], architecture: ModelArchitecture) -> list[Case]:
+    """Batches of `calibrate_engine.py`, each with its median run."""
+    found = []
+    for batch in result["batches"]:
+        run = sorted(batch["runs"], key=lambda each: each["seconds"])[len(batch["runs"]) // 2]
+        lengths = [float(length) for group in run["lengths"] for length in group]
+        work = batch_work(architecture, EngineShape(), Batch(batch["prompts"], batch["prompt"], lengths))
+        name = f"{batch['prompts']} prompts of {batch['prompt']}, {batch['samples']} x {batch['completion']}"
+        found.append(Case(name, "play", work, 1, run["seconds"], batch["calibrates"]))
+    return found
+
+
+def sync_case(result: Mapping[str, Any], name: str, calibrates: bool) -> Case:
+    """The sync suite's result."""
+    return Case(name, "sync", {"copy": result["gib"] * 2**30}, 1, result["seconds"], calibrates)
+
+
+def save_case(result: Mapping[str, Any], name: str, calibrates: bool) -> Case:
+    """The checkpoint suite's result: what an iteration waits for."""
+    part = result["parts"]["stall"]
+    return Case(name, "save", save_work(part["gib"] * 2**30), 1, part["seconds"], calibrates)
+
+
+def fit(cases: Sequence[Case], before: Device) -> dict[str, float]:
+    """Seconds for one unit of each kind of work that these cases have. What they leave open stays near what it was `before`."""
+    import numpy as np
+
+    names = sorted({name for case in cases for name, amount in case.work.items() if amount})
+    table = np.array([[_amount(case, name) / case.seconds for name in names] for case in cases])
+    known = np.array([before.constants[name].seconds for name in names])
+    hold = np.sqrt(PRIOR) * np.eye(len(names))
+    target = np.concatenate([np.ones(len(cases)), np.full(len(names), np.sqrt(PRIOR))])
+    found = _not_negative(np.vstack([table * known, hold]), target)
+    return dict(zip(names, (found * known).tolist()))
+
+
+def _amount(case: Case, constant: str) -> float:
+    return case.work.get(constant, 0.0) / (case.threads if constant in SHARED_BY_THREADS else 1)
+
+
+def _not_negative(matrix: Any, target: Any) -> Any:
+    """Least squares with no unknown below zero."""
+    import numpy as np
+
+    count = matrix.shape[1]
+    chosen, x = np.zeros(count, bool), np.zeros(count)
+    for _ in range(3 * count):
+        gradient = matrix.T @ (target - matrix @ x)
+        if chosen.all() or gradient[~chosen].max() < 1e-10:
+            break
+        chosen[np.where(~chosen, gradient, -np.inf).argmax()] = True
+        while True:
+            trial = np.zeros(count)
+            trial[chosen] = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
+            if (trial[chosen] > 0).all():
+                break
+            low = chosen & (trial <= 0)
+            step = (x[low] / (x[low] - trial[low])).min()
+            x = x + step * (trial - x)
+            chosen &= x > 1e-12
+        x = trial
+    return x
+
+
+def calibration(name: str, cases: Sequence[Case], before: Device, source: str) -> dict[str, Any]:
+    """A device's file: constants that the cases give, and the others as they were in `before`."""
+    constants: dict[str, Any] = {}
+    for part in ("train", "play", "wake", "sync", "save"):
+        chosen = [case for case in cases if case.calibrates and case.part == part]
+        if part == "sync":
+            known = constants.get("hand_over", {}).get("value")
+            if known is not None:
+                chosen = [_less(case, "hand_over", known) for case in chosen]
+        for constant, seconds in (fit(chosen, before) if chosen else {}).items():
+            unit = (RATES | TIMES)[constant]
+            value = seconds if unit == "s" else 1.0 / seconds if seconds > 0 else 1e18  # so fast that it does not count
+            seen = max(_amount(case, constant) * seconds / case.seconds for case in chosen) >= SEEN
+            words = source if seen else f"{source}; too little of any case to be measured"
+            constants[constant] = {"value": float(f"{value:.4g}"), "unit": unit, "source": words, "measured": seen}
+    kept = {
+        each: {"value": old.value, "unit": old.unit, "source": old.source, "measured": old.measured}
+        for each, old in before.constants.items() if each not in constants
+    }  # fmt: skip
+    return {"device": name, "on_cpu": before.on_cpu, "constants": {each: (constants | kept)[each] for each in RATES | TIMES}}
+
+
+def _less(case: Case, constant: str, seconds: float) -> Case:
+    """The case without what a known constant takes of it."""
+    work = {name: amount for name, amount in case.work.items() if name != constant}
+    return Case(case.name, case.part, work, case.threads, case.seconds - case.work.get(constant, 0.0) * seconds, case.calibrates)
+
+
+def committed_cases(results: Path, model: Path | ModelArchitecture) -> list[Case]:
+    """What lies in docs/results of one machine and version: updates, the sync, and iterations of the quickstart's recipe."""
+    architecture = model if isinstance(model, ModelArchitecture) else read_architecture(model)
+    cases = []
+    for file, calibrates in (
+        ("shared-against-transformers", (True,)), ("unshared-against-transformers", (True,)), ("shared-against-unshared", (False,)),
+        ("layouts", (True, True, False, True)),
+    ):  # fmt: skip
+        report = json.loads((results / "policy-cpu" / f"{file}.json").read_text())
+        for result, chosen in zip(report["results"], calibrates, strict=True):
+            cases.append(update_case({**_job(report["command"], result["layout"]), "calibrates": chosen}, result["seconds"], architecture))
+    [sync] = json.loads((results / "sync-cpu" / "sync.json").read_text())["results"]
+    cases.append(sync_case(sync, "weights to an engine", True))
+    [iteration] = json.loads((results / "iteration-cpu" / "iteration.json").read_text())["results"]
+    for number, round_ in enumerate(iteration["rounds"]):
+        for each in round_["ours"]:
+            name = f"round {number + 1} iteration {each['iteration']}"
+            cases += iteration_cases(each["metrics"], architecture, name, calibrates=number == 0)
+    return cases
+
+
+def _job(command: str, layout: str) -> dict[str, Any]:
+    """What a policy benchmark was asked, from its command and a result's layout."""
+    import shlex
+
+    from benchmark import _parser
+    from policy_suite import parse_layout
+
+    options = _parser().parse_args(shlex.split(command)[1:])
+    described = dict(part.split("=") for part in layout.split() if "=" in part and "+" not in part)
+    degrees = {key.lower(): value for key, value in described.items()}
+    ranks, settings = parse_layout(",".join(f"{key}={value}" for key, value in degrees.items()))
+    return {
+        "title": f"{layout}, rows of {options.row_tokens}{', nothing shared' if options.unshared else ''}", "ranks": ranks,
+        "settings": settings, "precision": options.precision, "shared": not options.unshared, "row_tokens": options.row_tokens,
+        "prompts": options.prompt, "threads": options.threads,
+        **{key: getattr(options, key) for key in ("model", "layers", "groups", "group_size", "completion", "seed")},
+    }  # fmt: skip
