@@ -163,6 +163,18 @@ def _ranks(config: Config, num_nodes: int, layout: ParallelLayout) -> str:
 
 
 def _engines(config: Config, num_nodes: int) -> str:
+    return _policys_engines(config, num_nodes) + _tasks_by(config)
+
+
+def _tasks_by(config: Config) -> str:
+    """Who writes the tasks, where the policy does not."""
+    if not config.game.fixed_challenger:
+        return ""
+    urls = config.rollout.challenger.engines
+    return f"tasks are written by {', '.join(urls) if urls else 'policy.model as it is, in one more engine beside each'}\n"
+
+
+def _policys_engines(config: Config, num_nodes: int) -> str:
     passages = config.train.passages
     if urls := config.rollout.engines:
         ranks = num_nodes * config.cluster.ranks_per_node

@@ -63,6 +63,7 @@ def test_a_recipe_is_the_quickstart_but_for_what_it_says(name, tiny):
     paths = [f"policy.model={tiny / 'hf'}", f"corpus.path={tiny / 'corpus'}"]
     text, problems = plan.describe(load_config(RECIPES[name], [*paths, f"run.dir={tiny / 'planned'}"]), 1)
     assert not problems and ("2 engine(s)" in text) == (name == "fixed-challenger")
+    assert ("tasks are written by" in text) == ("challenger" in name)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,8 @@ def played(tiny, servers) -> Played:
     write_run(tiny / "taught", "?\nAnswer:8", "How many?", "8", 6)
     tool("export_curriculum", tiny / "taught", tiny / "pairs.parquet", "--valid-only")
     asked = {name: (str(path), small | {"run.dir": tiny / "runs" / name}) for name, path in RECIPES.items()}
+    tool("convert_checkpoint", "hf-to-megatron", tiny / "hf", tiny / "megatron")
+    asked["fixed-challenger"][1]["policy.model"] = tiny / "megatron"  # whose initial weights have to be written out first
     asked["mcq-only"][1].pop("game.answer_types")
     asked["strong-challenger"][1].update(
         {"rollout.challenger.engines": f"[{servers[1]}]", "rollout.challenger.prompt_style": "few_shot"}

@@ -41,6 +41,7 @@ def test_the_example_is_nine_runs(capsys, monkeypatch):
     assert main(["examples/studies/components.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("spice.sh" in line for line in lines) == sum("crossplay.py" in line for line in lines) == 9
+    assert sum("evaluate.py" in line and "checkpoints" in line for line in lines) == 9
 
 
 def test_what_is_there_is_not_done_again(study, capsys):
