@@ -25,6 +25,7 @@ from megatron_spice.report.episode_file import EpisodeFile, scan
 from megatron_spice.report.figure import Figure
 from megatron_spice.report.groups import Group, differences, group_runs
 from megatron_spice.report.payload import Payload, pack_episodes
+from megatron_spice.report.ranks import Ranks, ranks_of
 from megatron_spice.report.runs import Run, setting
 from megatron_spice.report.text import visible
 from megatron_spice.report.words import duration, number, plural
@@ -77,6 +78,7 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
     firsts = [by_run[id(group.runs[0])] for group in groups]
     per_run = episode_bytes // max(sum(file is not None for file in files), 1)
     payloads = [(run.name, pack_episodes(file, per_run)) for run, file in zip(runs, files) if file is not None]
+    ranks = [found for run in runs if (found := ranks_of(run)) is not None]
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -87,7 +89,8 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
         overview=_overview(runs),
         runs=runs,
         groups=list(zip(groups, catalogue.group_colours(groups))),
-        notices=_notices(runs, files),
+        notices=_notices(runs, files, ranks),
+        ranks=ranks,
         settings=_settings(runs),
         questions=_questions(groups, firsts, figures),
         windows=_windows(groups, firsts),
@@ -123,8 +126,9 @@ def _overview(runs: Sequence[Run]) -> list[str]:
     return parts
 
 
-def _notices(runs: Sequence[Run], files: Sequence[EpisodeFile | None]) -> list[str]:
-    found = []
+def _notices(runs: Sequence[Run], files: Sequence[EpisodeFile | None], ranks: Sequence[Ranks]) -> list[str]:
+    told = [(each.run, f"A rank failed; {line}.") for each in ranks for line in each.told.splitlines()]
+    found = [f"{name}: {line}" if len(runs) > 1 else line for name, line in told]
     for run, file in zip(runs, files):
         said = list(run.notices)
         if file is not None and file.broken:

@@ -17,6 +17,7 @@ from megatron_spice.report.groups import group_runs
 from megatron_spice.report.page import figures_by_section, page
 from megatron_spice.report.png import save_figures
 from megatron_spice.report.runs import read_run
+from megatron_spice.telemetry import rank_log
 
 
 class Elements(HTMLParser):
@@ -137,3 +138,20 @@ def test_a_long_run_is_drawn_in_columns_that_can_be_seen(tmp_path: Path) -> None
 @pytest.mark.parametrize(("low", "high", "known"), [(0, 1, [0, 0.5, 1]), (0, 50, [0, 20, 40]), (-0.03, 0.02, [-0.02, 0, 0.02]), (3, 3, [3]), (1e-9, 4e-9, [1e-9, 2e-9, 3e-9, 4e-9])])
 def test_ticks_are_round(low: float, high: float, known: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(known)
+
+
+def test_who_failed_first_is_said_with_its_last_words(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", 3)
+    for rank in range(100):
+        path = rank_log.path_of(run, rank)
+        path.parent.mkdir(exist_ok=True)
+        rank_log.mark(path, rank_log.BEGAN, f"rank {rank} of 100 on node{rank // 8}, process {rank}, job 7 restart 0")
+        with open(path, "a") as file:
+            file.write("all is well\n<b>not so well</b>\n" if rank == 42 else "all is well\n")
+        rank_log.mark(path, *((rank_log.FAILED, "ValueError: <i>odd</i> weights") if rank == 42 else (rank_log.ENDED, "")))
+    text = page([read_run(run)])
+    elements = Elements(text)
+    assert not elements.open and not any(tag in ("b", "i") and not given for tag, given in elements.found)
+    assert elements.text.count("first cause: rank 42 on node5 (process 42)") == 2  # at the top, too
+    for said in ("<b>not so well</b>", "ValueError: <i>odd</i> weights", "1 rank that did not end as the other 99"):
+        assert said in elements.text
