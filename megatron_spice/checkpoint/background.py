@@ -80,8 +80,8 @@ class Ranks:
         if self.rank == 0:
             try:
                 act()
-            except (OSError, ValueError) as error:
-                words = [str(error)]
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                words = [_reason(error)]
         dist.broadcast_object_list(words, 0, group=self.group)
         if words[0] is not None:
             raise OSError(words[0])
@@ -114,8 +114,8 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     times.append(time.perf_counter())
     try:
         mine: list[Record] | str = write_file(target.partial / store.WEIGHTS, ranks.rank, held)
-    except OSError as error:
-        mine = str(error)
+    except Exception as error:
+        mine = _reason(error)
     times.append(time.perf_counter())
     everyone = ranks.tell_first(mine)
 
@@ -124,7 +124,7 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
             if reasons := dict.fromkeys(each for each in everyone if isinstance(each, str)):
                 raise OSError(", ".join(reasons))
             target.finish([record for records in everyone for record in records], held.common)
-        except (OSError, ValueError):
+        except Exception:
             store.give_up(target.partial)
             raise
 
@@ -132,6 +132,10 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     times.append(time.perf_counter())
     seconds = {name: end - start for name, (start, end) in zip(("begin", "file", "finish"), pairwise(times))}
     return seconds | {"processor": time.thread_time() - used}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 class BackgroundWrite:
