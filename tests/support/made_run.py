@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,20 +35,32 @@ def made_run(folder: Path, count: int, recipe: dict | None = None, **metrics: Ca
 
 def repeated_run(folder: Path, iterations: int = 50, passages: int = 64) -> Path:
     """The metrics of a real run of 50 iterations, and its real episodes of the first and the last of them, repeated until
-    every iteration has `passages`: as much to show as a real run of that size, though with few different texts."""
+    every iteration has `passages`. Each repetition has its words in another order, so that it takes as much room as a new one."""
     folder.mkdir(parents=True)
     records = [json.loads(line) for line in (REAL / "metrics.jsonl").read_text().splitlines()]
     write_lines(folder / "metrics.jsonl", records[:iterations])
     episodes = [json.loads(line) for line in (REAL / "episodes.jsonl").read_text().splitlines()]
-    half = len(episodes) // 2
-    repeated = [
-        {**(episodes[:half] if number <= iterations // 2 else episodes[half:])[slot % half], "iteration": number, "slot": slot}
-        for number in range(1, iterations + 1)
-        for slot in range(passages)
-    ]
-    write_lines(folder / "episodes.jsonl", repeated)
+    half, chance = len(episodes) // 2, random.Random(0)
+    repeated = []
+    for number in range(1, iterations + 1):
+        sources = episodes[:half] if number <= iterations // 2 else episodes[half:]
+        repeated += [{**_reordered(sources[slot % half], chance), "iteration": number, "slot": slot} for slot in range(passages)]
+    # As the log writes them: the iteration first.
+    write_lines(folder / "episodes.jsonl", [{"iteration": each["iteration"], **each} for each in repeated])
     (folder / "recipe.yaml").write_text(json.dumps({"run": {"dir": "runs/repeated"}, "train": {"seed": 0, "passages": passages}}))
     return folder
+
+
+def _reordered(value: object, chance: random.Random) -> object:
+    if isinstance(value, dict):
+        return {key: _reordered(item, chance) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_reordered(item, chance) for item in value]
+    if isinstance(value, str) and " " in value.strip():
+        words = value.split(" ")
+        chance.shuffle(words)
+        return " ".join(words)
+    return value
 
 
 def episode(iteration: int, question: str = "How many?", gold: str = "3", passage: str = "Three.", answers: tuple[str, ...] = ("3", "4"), **attempt: object) -> dict:
