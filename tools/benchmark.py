@@ -14,6 +14,7 @@
     python tools/benchmark.py checkpoint --model assets/smollm2-135m-instruct
     python tools/benchmark.py calibrate --model assets/smollm2-135m-instruct
     python tools/benchmark.py scaling --ranks 1,2,4,8,16,32
+    python tools/benchmark.py compare runs/before/benchmark.json runs/after/benchmark.json
 
 `policy` times updates, by layout and precision; `sync` sends the policy's weights to an engine many times; `rollout` has
 engines play uneven passages and says how long they had nothing to do; `iteration` times whole iterations of a recipe;
@@ -44,6 +45,7 @@ import calibrate_benchmark  # noqa: E402
 import checkpoint_benchmark  # noqa: E402
 import convert_benchmark  # noqa: E402
 import iteration_benchmark  # noqa: E402
+import node_report  # noqa: E402
 import passages_benchmark  # noqa: E402
 import policy_suite  # noqa: E402
 import preprocess_benchmark  # noqa: E402
@@ -68,6 +70,9 @@ VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "trl", "transfor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a suite; returns 0, or 1 when a job failed (the others are reported)."""
     options = _parser().parse_args(arguments)
+    if options.suite == "compare":
+        print(node_report.comparison(*map(node_report.read_report, (options.first, options.second))))
+        return 0
     # Asked to end, it ends what it has started, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if options.suite == "rank":
@@ -112,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--time-limit", type=positive, default=3600, help="seconds a job may take (default 3600)")
         command.add_argument("--output", type=Path, help="folder for the results as JSON and text")
         command.add_argument("--name", help="name of the files in it (default: the suite's)")
+    compare = suites.add_parser("compare", help="two results of slurm/benchmark.sh: ratios with noise bounds")
+    compare.add_argument("first", type=Path)
+    compare.add_argument("second", type=Path)
     rank = suites.add_parser("rank", help=argparse.SUPPRESS)
     rank.add_argument("job")
     rank.add_argument("result", type=Path)
