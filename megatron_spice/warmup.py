@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from megatron_spice.cluster.interruption import EXIT_CODE
+from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.curriculum.pairs import Pairs
 from megatron_spice.telemetry.json_lines import JsonLines
 
@@ -28,7 +28,7 @@ def warm_up(run: Run, pairs: Pairs) -> None:
     for step in range(config.steps):
         if run.interruption.agreed():
             run.say(f"interrupted ({run.interruption.reason}) in the warm-up, which the same command begins again")
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(INTERRUPTED)
         started = time.perf_counter()
         batch = pairs.batch(step)
         loss = run.policy.fit(batch, config.learning_rate)
