@@ -70,6 +70,7 @@ def _iterate(run: Run, iteration: int) -> None:
     config, timer = run.config, run.timer
     with timer.phase("sync"):
         synced = _to_engines(run, version=iteration - 1)
+    run.checkpointer.proceed()
     episodes, played = _play(run, iteration)
     if run.baselines is not None:
         episodes = run.baselines.apply(episodes)

@@ -140,6 +140,7 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
             parts.setdefault(name, []).append(checkpointer.seconds[name])
         timed("work alone", work)
         checkpointer.begin(policy, {"iteration": iteration})
+        checkpointer.proceed()
         timed("work beside", work)
         checkpointer.finish(wait=True)
         timed("plain write and fsync", lambda: _write(raw, beside))

@@ -152,7 +152,11 @@ class BackgroundWrite:
         self._work: Callable[[], dict[str, float]] | None = lambda: is_copied() or write(target, held, ranks)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Begins to write, unless it has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -169,8 +173,9 @@ class BackgroundWrite:
         return bool(word)
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for this rank's part to end, `timeout` seconds at most."""
-        self._thread.join(timeout)
+        """Waits for this rank's part to end, `timeout` seconds at most; at once if it has not begun."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
 
     def result(self) -> Path:
         """The whole checkpoint, after `join`.

@@ -75,8 +75,8 @@ class Checkpointer:
         return iteration % self.config.every == 0 or iteration == last
 
     def begin(self, policy: Trainable, state: dict[str, Any]) -> None:
-        """Copies policy and run state (`state["iteration"]` names the folder) and begins to write them; the policy may change
-        from here on. One save at a time: none may be under way."""
+        """Copies policy and run state (`state["iteration"]` names the folder); the policy may change from here on. One save at a
+        time: none may be under way."""
         assert self._pending is None, "a save is under way"
         began = time.perf_counter()
         held = policy.holdings(with_optimizer=True)
@@ -86,6 +86,12 @@ class Checkpointer:
         self.seconds["snapshot"] = time.perf_counter() - began
         self.num_bytes = sum(piece.tensor.nbytes for piece in pieces)
 
+    def proceed(self) -> None:
+        """Begins to write what `begin` has copied, if anything: where the main thread has little to do, as the two share an
+        interpreter and on a CPU their cores."""
+        if self._pending is not None:
+            self._pending.start()
+
     def finish(self, wait: bool) -> Path | None:
         """The checkpoint that was begun, once it is there whole; None while it is not (with `wait` never), or when none was
         begun.
@@ -93,6 +99,7 @@ class Checkpointer:
         Raises:
             StorageError: it could not be written, on any rank. What was saved before is still there.
         """
+        self.proceed()
         if self._pending is None or not (wait or self._pending.is_written()):
             return None
         pending, self._pending = self._pending, None

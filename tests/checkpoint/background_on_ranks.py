@@ -20,6 +20,7 @@ def save_while_learning(model: Path, run_dir: Path, trajectories: list, layout: 
         fsync, state = os.fsync, {"iteration": 1, "counter": {"drawn": 7}}
         os.fsync = lambda file: (time.sleep(1.0), fsync(file))  # a slow disk: the next step is over before the files are
         checkpointer.begin(policy, state)
+        checkpointer.proceed()
         state["counter"]["drawn"] = 8
         early = checkpointer.finish(wait=False)
         then = [policy.update(trajectories)["policy/loss"] for _ in range(2)]
