@@ -183,6 +183,12 @@ def assemble(
     return run
 
 
+def load_stack() -> None:
+    """Imports what takes long, before ranks wait for each other; after `platform.prepare`."""
+    from megatron_spice.checkpoint import checkpointer  # noqa: F401
+    from megatron_spice.policy import policy  # noqa: F401
+
+
 def watched(config: Config, topology: Topology, store: dist.Store) -> Watchdog:
     """The watchdog of a run, to be entered."""
     mine = rank_log.path_of(config.run.dir, topology.rank)

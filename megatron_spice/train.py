@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_spice.assemble import Run, assemble, watched
+from megatron_spice.assemble import Run, assemble, load_stack, watched
 from megatron_spice.checkpoint import store as checkpoints
 from megatron_spice.cluster import distributed, platform
 from megatron_spice.cluster.exit_codes import INTERRUPTED
@@ -45,6 +45,7 @@ def train(config: Config, build: Callable[..., Run] = assemble) -> None:
         if topology.is_first:
             print(f"{config.run.dir} is at iteration {done} of {config.train.iterations} already: nothing to do", flush=True)
         return
+    load_stack()
     timeout = config.cluster.timeout
     with distributed.process_group(topology, timeout) as store, watched(config, topology, store), ExitStack() as stack:
         interruption = Interruption(store)

@@ -26,7 +26,8 @@ from megatron_spice.config.errors import storing
 from megatron_spice.config.schema import CheckpointConfig
 
 WRITE_TIMEOUT = timedelta(hours=1)
-"""How long ranks wait for one that is still writing: a shared file system has bad days, and nobody is kept from working."""
+"""How long ranks wait for one that is still writing: a shared file system has bad days, and nobody is kept from working. Where a
+run has nothing to do but wait for it, cluster.timeout ends that sooner."""
 
 CLOSE_TIMEOUT = 60.0  # seconds that a run which ends by an error gives its last save
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_spice.checkpoint.pieces import Holdings
+from megatron_spice.cluster.whereabouts import moved
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 METADATA = ".metadata"
@@ -84,6 +85,7 @@ def write_file(folder: Path, rank: int, held: Holdings) -> list[Record]:
             save(alone(piece.tensor, piece.sizes), file)
             place = (name, start, file.tell() - start)
             records.append(Record(piece.key, piece.tensor.dtype, piece.whole, piece.offsets, piece.sizes, *place))
+            moved()
         for key, content in held.objects.items():
             records.append(Record(key, None, (), None, (), name, file.tell(), file.write(content)))
         _sync(file)
