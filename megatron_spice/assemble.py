@@ -194,7 +194,7 @@ def watched(config: Config, topology: Topology, store: dist.Store) -> Watchdog:
     mine = rank_log.path_of(config.run.dir, topology.rank)
     return Watchdog(
         topology, store, config.cluster.timeout, host=rank_log.host_name(), log_of=functools.partial(rank_log.path_of, config.run.dir),
-        mark=functools.partial(rank_log.mark, mine, rank_log.FAILED),
+        mark=functools.partial(rank_log.mark, mine, rank_log.FAILED), tell=rank_log.tell,
     )  # fmt: skip
 
 

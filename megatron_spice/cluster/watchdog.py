@@ -47,8 +47,6 @@ _ALARM, _TELLER, _TOLD = "watchdog/alarm", "watchdog/teller", "watchdog/told"
 _LONGEST_LOOK = 10.0
 _PATIENCE = 10.0  # seconds that the store may take to answer
 
-Mark = Callable[[str], None]
-
 
 class StoreSilent(RuntimeError):
     """The store did not answer in time, or is gone."""
@@ -63,13 +61,15 @@ class Watchdog:
         host: this node's name.
         log_of: a rank's log.
         mark: adds to this rank's log why it ended.
+        tell: says a line in the job's log.
     """
 
     def __init__(
-        self, topology: Topology, store: dist.Store, timeout: float, *, host: str, log_of: Callable[[int], Path], mark: Mark,
-        here: Whereabouts = HERE,
+        self, topology: Topology, store: dist.Store, timeout: float, *, host: str, log_of: Callable[[int], Path],
+        mark: Callable[[str], None], tell: Callable[[str], None], here: Whereabouts = HERE,
     ) -> None:  # fmt: skip
-        self._topology, self._timeout, self._host, self._log_of, self._mark, self._here = topology, timeout, host, log_of, mark, here
+        self._topology, self._timeout, self._host, self._here = topology, timeout, host, here
+        self._log_of, self._mark, self._tell = log_of, mark, tell
         # A connection answers one question at a time, and the run's own may be waiting for an answer.
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=_PATIENCE))
@@ -138,12 +138,12 @@ class Watchdog:
         if tells:
             told = self._verdict()
             self._mark(f"Hang: {told['words']}")
-            print(told["words"], flush=True)
+            self._tell(told["words"])
             self._ask(lambda: self._store.set(_TOLD, json.dumps(told)))
         else:
             told = self._wait_to_be_told()
             if told is None:
-                print(f"the run hangs; {place.words()}; nobody has told more", flush=True)
+                self._tell(f"the run hangs; {place.words()}; nobody has told more")
         for record in (told or {}).get("silent", []):
             self._kill_mate(record)
         os._exit(HUNG)
@@ -153,7 +153,7 @@ class Watchdog:
         self._dump_stacks(place)
         words = f"no progress for {self._still:.0f} s (cluster.timeout): {place.words()}, and {why}"
         self._mark(f"ended by the watchdog: {words}")
-        print(f"{words}; stacks: {self._log_of(self._topology.rank)}", flush=True)
+        self._tell(f"{words}; stacks: {self._log_of(self._topology.rank)}")
         os._exit(HUNG)
 
     def _dump_stacks(self, place: Place) -> None:

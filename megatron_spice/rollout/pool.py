@@ -228,6 +228,7 @@ class RolloutPool:
             self.crew.revive()
         except EngineError as found:
             error = str(found)
+        self._wait_for_starts()
         report = _Report(self._topology.rank, error=error, restarts=self.crew.restarts)
         reports = self._exchange("replacing lost engines", report)
         if errors := [f"rank {each.rank}: {each.error}" for each in reports if each.error is not None]:

@@ -2,8 +2,8 @@
 
 On a job of a thousand ranks nobody can read a thousand ranks' warnings in one file, and nobody can do without them when one
 rank has failed. So each rank's standard output and error, library warnings and a crash's stacks included, go to a file of its
-own: by file descriptor, so that C and child processes are taken along, and what a killed rank has said is there. What a rank
-prints on purpose (`print`, which only the first does) goes to the job's log as well.
+own: by file descriptor, so that C and child processes are taken along, and what a killed rank has said is there. What the first
+rank prints (not its standard error) goes to the job's log as well, and what any rank says by `tell`.
 
 A run that is requeued or started again goes on in the same files. Lines that begin with MARK say where an attempt begins and
 how it ended; `rank_logs.py` reads them. A log that cannot be written never ends a rank: what the disk does not take is lost.
@@ -67,6 +67,17 @@ def mark_line(how: str, reason: str = "") -> str:
     return f"{MARK}{now} {how} {words[:MAX_REASON]}".rstrip() + "\n"
 
 
+_console: int | None = None  # where `tell` writes besides, on ranks whose `print` does not go there
+
+
+def tell(text: str) -> None:
+    """Says a line in this rank's log and in the job's."""
+    print(text, flush=True)
+    if _console is not None:
+        with contextlib.suppress(OSError):
+            os.write(_console, f"{text}\n".encode(errors="replace"))
+
+
 class RankLog:
     """Sends this process's output to its log for the length of the block.
 
@@ -78,7 +89,7 @@ class RankLog:
     """
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, *, interrupted_code: int) -> None:
-        self._interrupted_code = interrupted_code
+        self._interrupted_code, self._is_first = interrupted_code, rank == 0
         self.path = path_of(run_dir, rank)
         self._who = f"rank {rank} of {world_size} on {host_name()}, process {os.getpid()}, {attempt_name()}"
         self._kept: tuple[int, int, object, object] | None = None
@@ -97,7 +108,9 @@ class RankLog:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
-        sys.stdout, sys.stderr = _Lines(1, console), _Lines(2)
+        sys.stdout, sys.stderr = _Lines(1, console) if self._is_first else _Lines(1), _Lines(2)
+        global _console
+        _console = None if self._is_first else console
         faulthandler.enable(2)
         mark(self.path, BEGAN, self._who)
         return self
@@ -133,6 +146,8 @@ class RankLog:
         os.close(console)
         os.close(errors)
         sys.stdout, sys.stderr = output, error_output  # type: ignore[assignment]
+        global _console
+        _console = None
         faulthandler.enable(2)
 
 

@@ -31,7 +31,7 @@ def main(how: str, run_dir: Path) -> None:
     with rank_log.RankLog(run_dir, topology.rank, topology.world_size, interrupted_code=75), process_group(topology, TIMEOUT) as store:
         watchdog = Watchdog(
             topology, store, TIMEOUT, host=f"node{topology.node_rank}", log_of=lambda rank: rank_log.path_of(run_dir, rank),
-            mark=lambda why: rank_log.mark(rank_log.path_of(run_dir, topology.rank), rank_log.FAILED, why),
+            mark=lambda why: rank_log.mark(rank_log.path_of(run_dir, topology.rank), rank_log.FAILED, why), tell=rank_log.tell,
         )  # fmt: skip
         with watchdog:
             _iterate(how, topology.rank, PhaseTimer(on_phase=HERE.enter))

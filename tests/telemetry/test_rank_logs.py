@@ -17,9 +17,10 @@ RANK = '''
 import contextlib, os, signal, sys
 from pathlib import Path
 from megatron_spice.config.errors import ConfigError
-from megatron_spice.telemetry.rank_log import RankLog
-with RankLog(Path(sys.argv[1]), 1, 2, interrupted_code=75):
+from megatron_spice.telemetry.rank_log import RankLog, tell
+with RankLog(Path(sys.argv[1]), int(os.environ.get("RANK", "1")), 2, interrupted_code=75):
     print("progress")
+    tell("to all")
     print("a warning", file=sys.stderr)
     with contextlib.suppress(OSError):
         os.write(2, b"from C\\n")
@@ -37,12 +38,13 @@ def run_rank(run_dir: Path, last: str, **more: str) -> subprocess.CompletedProce
     )
 
 
-def test_what_a_rank_says_is_in_its_log_and_what_it_prints_in_the_jobs_too(tmp_path):
-    done = run_rank(tmp_path, "pass")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "progress\nafter\n", "")
-    began, *said, ended = rank_log.path_of(tmp_path, 1).read_text().splitlines()
-    assert said == ["progress", "a warning", "from C", "from a child"]
-    assert " began rank 1 of 2 on " in began and ended.endswith(" ended")
+def test_what_a_rank_says_is_in_its_log_and_what_the_first_prints_in_the_jobs_too(tmp_path):
+    for rank, printed in (("0", "progress\nto all\nafter\n"), ("1", "to all\nafter\n")):
+        done = run_rank(tmp_path, "pass", RANK=rank)
+        assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+        began, *said, ended = rank_log.path_of(tmp_path, int(rank)).read_text().splitlines()
+        assert said == ["progress", "to all", "a warning", "from C", "from a child"]
+        assert f" began rank {rank} of 2 on " in began and ended.endswith(" ended")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_log_that_cannot_be_written_ends_no_rank(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_1.log").symlink_to("/dev/full")
     full = run_rank(tmp_path, "pass")
-    assert full.returncode == 0 and full.stdout == "progress\nafter\n"
+    assert full.returncode == 0 and full.stdout == "to all\nafter\n"
     (tmp_path / "file").touch()
     none = run_rank(tmp_path / "file", "raise ValueError('bad news')")
     assert none.returncode == 1 and "no log of its own" in none.stderr and "ValueError: bad news" in none.stderr
