@@ -70,7 +70,7 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
     for each in report.counts:
         assert set(each.suites) == SUITES and all(one.values for suite in each.suites.values() for one in suite.values())
         assert sum(each.phases.values()) == pytest.approx(each.suites["iteration"]["seconds"].median, rel=0.05)
-    assert report.seed == 5 and len(report.revision) == 40 and report.versions["torch"]
+    assert report.seed == 5 and report.revision and report.versions["torch"]
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     text = node_report.comparison(report, report)
     assert "warning" not in text and "worse" not in text and "1.000" in text

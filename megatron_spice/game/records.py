@@ -8,7 +8,7 @@ for parsing and for people.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,7 @@ class Packed:
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self), tuple([getattr(self, name) for name in self.__match_args__])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,3 +150,15 @@ def test_one_more_sample_than_before_is_asked_for_alone(loop) -> None:
     assert engine.num_requests == 1
     assert found == loop.run_until_complete(DiceEngine().generate([40], 3, sampling))
     assert len(PHRASES) + FIRST - 1 == END
+
+
+def test_records_come_back_from_a_pickle_as_they_were():
+    import pickle
+
+    from megatron_spice.game.records import Answer, Attempt, Completion, InvalidReason, Task, Verdict
+
+    completion = Completion((1, 2), (3,), (-0.5,), "stop", "text", "3", (("2", 1),))
+    answer = Answer(completion, Verdict(True, "4", "exact"), 1.0, 0.5)
+    attempt = Attempt(completion, Task("What?", "4", "Integer"), None, True, True, (answer,), 1.0, -0.5, True)
+    invalid = Attempt(completion, None, InvalidReason.UNPARSABLE)
+    assert pickle.loads(pickle.dumps((attempt, invalid))) == (attempt, invalid)
