@@ -47,7 +47,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "title": f"{options.precision}, DP={ranks}", "ranks": ranks, "device": machine.device("auto"), "model": options.model,
-            "precision": options.precision, "steps": options.steps, "folder": str(options.folder) if options.folder else None,
+            "precision": options.precision, "steps": options.steps, "work_seconds": WORK_SECONDS, "folder": str(options.folder) if options.folder else None,
             "threads": options.threads or max(1, machine.usable_cores() // ranks),
         }
         for ranks in options.data
@@ -125,7 +125,7 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
     beside = torch.zeros_like(mine)
     raw = folder / f"raw_{here.rank}"
     parts: dict[str, list[float]] = {}
-    work = _work(WORK_SECONDS)
+    work = _work(job.get("work_seconds", 1.0))
 
     def timed(name: str, act: Callable[[], Any]) -> Any:
         seconds, value = _slowest(act)
@@ -151,10 +151,11 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
     against = {"stall": "plain copy in memory", "write": "plain write and fsync", "load": "plain read"}
     total = torch.tensor(float(checkpointer.num_bytes))
     torch.distributed.all_reduce(total)
+    gib = total.item() / GIB
     return {
-        "title": job["title"], "layout": policy.layout.describe(), "gib": total.item() / GIB,
+        "title": job["title"], "layout": policy.layout.describe(), "gib": gib,
         "parts": {
-            name: {"seconds": seconds[name], **({"ceiling": seconds[against[name]]} if name in against else {})}
+            name: {"gib": gib, "seconds": seconds[name], **({"ceiling": seconds[against[name]]} if name in against else {})}
             for name in ("stall", "write", "begin", "file", "finish", "load")
         },
         "processor_seconds": seconds["processor"], "work_seconds": seconds["work alone"],
