@@ -230,7 +230,7 @@ def _since_then(group: Group) -> list[str]:
     if best == 4:
         return []
     shortest, offset = len(fifths[4]), sum(len(fifth) for fifth in fifths[:best])
-    found = between(values[known], slice(offset, offset + len(fifths[best])), slice(-shortest, None), looked_at=4)
+    found = between(values[known], slice(offset, offset + len(fifths[best])), slice(-shortest, None), looked_at=4, degree=4)
     numbers = run.iterations[fifths[best]]
     if found.direction >= 0:
         return []

@@ -1,8 +1,9 @@
 """By how much a number changed over a run, and how sure that is.
 
 The first iterations are compared with the last: ten at either end, fewer in a short run, a fifth of a long one. An iteration
-plays few passages, so its numbers scatter, and neighbours resemble each other: with a lag-1 correlation r, n iterations are worth n (1 - r) / (1 + r). r comes from the
-residuals about a straight line, so that a curve that bends counts as correlated: intervals are then wider, not narrower.
+plays few passages, so its numbers scatter, and neighbours resemble each other: with a lag-1 correlation r, n iterations are
+worth n (1 - r) / (1 + r). Scatter and r come from the residuals about a parabola through the whole run (a line, if it is short),
+so that learning itself, which may be slow at first and fast at last, is not taken for noise.
 Over several seeds the seeds are the sample, and nothing has to be assumed about iterations.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 SHORTEST = 6  # iterations with a value, below which nothing is said
 STRONGEST_CORRELATION = 0.99
+FEWEST_FOR_BEND = 12  # iterations to fit a parabola to
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,39 @@ def change(values: np.ndarray) -> Change | None:
     return between(known, slice(0, count), slice(-count, None))
 
 
-def between(known: np.ndarray, earlier: slice, later: slice, looked_at: int = 1) -> Change:
-    """From one part of a run's known values [iterations] to another, by Welch's interval.
+def between(known: np.ndarray, earlier: slice, later: slice, looked_at: int = 1, degree: int | None = None) -> Change:
+    """From one part of a run's known values [iterations] to another, with its interval.
 
     Args:
         looked_at: pairs of parts of which this one was picked; the interval holds for all of them together (Bonferroni).
+        degree: of the polynomial that the values scatter about; None: as for the ends of a run.
     """
     first, last = known[earlier], known[later]
-    count = min(len(first), len(last))
-    effective = effective_count(known, count)
-    errors = [part.var(ddof=1) / effective for part in (first, last)]
+    residuals, correlation, parameters = _noise(known, degree)
+    worth = (1 - correlation) / (1 + correlation)
+    # What was fitted has taken some of the scatter with it.
+    lost = len(known) / max(len(known) - parameters / worth, len(known) / 4)
+    errors = [float((residuals[part] ** 2).mean()) * lost / max(1.0, len(known[part]) * worth) for part in (earlier, later)]
+    freedom = max(1.0, len(known) * worth - parameters - 1)  # one for the correlation
     error, difference = math.sqrt(sum(errors)), float(last.mean() - first.mean())
-    squares = sum(part**2 / (effective - 1) for part in errors)
-    freedom = sum(errors) ** 2 / squares if squares else 1.0
     margin = student(freedom, 0.05 / looked_at) * error if error else 0.0
-    return Change(float(first.mean()), float(last.mean()), difference - margin, difference + margin, count)
+    return Change(float(first.mean()), float(last.mean()), difference - margin, difference + margin, min(len(first), len(last)))
+
+
+def _noise(values: np.ndarray, degree: int | None) -> tuple[np.ndarray, float, int]:
+    """Residuals of the values [iterations] about a smooth course, their lag-1 correlation, and the course's parameters."""
+    if degree is None:
+        degree = 2 if len(values) >= FEWEST_FOR_BEND else 1
+    places = np.linspace(-1, 1, len(values))
+    residuals = values - np.polyval(np.polyfit(places, values, degree), places)
+    residuals[np.abs(residuals) < 1e-12 * (np.abs(values).max() or 1.0)] = 0.0  # rounding
+    power = float((residuals**2).sum())
+    correlation = float((residuals[1:] * residuals[:-1]).sum()) / power if power else 0.0
+    # About a course fitted to the same values the estimate is too small, by about k (1 + 2 r) / n for k parameters;
+    # tests/report/test_change.py counts how often the interval then holds the truth.
+    part = (degree + 1) / len(values)
+    correlation = (correlation + part) / (1 - min(2 * part, 0.5))
+    return residuals, min(max(correlation, 0.0), STRONGEST_CORRELATION), degree + 1
 
 
 def change_over_seeds(runs: Sequence[np.ndarray]) -> Change | None:
@@ -105,19 +125,6 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple
     squares = sum(part**2 / (len(values) - 1) for part, values in zip(errors, (ours, theirs)))
     margin = student(sum(errors) ** 2 / squares) * error if squares else 0.0
     return difference - margin, difference + margin
-
-
-def effective_count(values: np.ndarray, count: int) -> float:
-    """How many independent iterations `count` neighbouring ones of `values` [iterations] are worth, at least 2."""
-    places = np.arange(len(values))
-    residuals = values - np.polyval(np.polyfit(places, values, 1), places)
-    power = float((residuals**2).sum())
-    correlation = float((residuals[1:] * residuals[:-1]).sum()) / power if power > 1e-24 else 0.0
-    # About a line fitted to the same values the estimate is too small, by about (2 + 4 r) / n; tests/report/test_change.py
-    # counts how often the interval then holds the truth.
-    correlation = (correlation + 2 / len(values)) / (1 - min(4 / len(values), 0.5))
-    correlation = min(max(correlation, 0.0), STRONGEST_CORRELATION)
-    return max(2.0, count * (1 - correlation) / (1 + correlation))
 
 
 def student(freedom: float, outside: float = 0.05) -> float:

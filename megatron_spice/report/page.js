@@ -109,6 +109,7 @@
   const wantedNow = () => ({
     text: squeezed(field("text").value).trim(), run: field("run")?.value ?? "", from: Number(field("from").value || -Infinity),
     to: Number(field("to").value || Infinity), valid: field("valid").value, passed: field("passed").value,
+    order: field("order").value,
   });
   const filter = () => {
     const wanted = wantedNow();
@@ -116,6 +117,7 @@
       (wanted.run === "" || episode.run === Number(wanted.run)) && episode.iteration >= wanted.from && episode.iteration <= wanted.to &&
       (!(wanted.valid || wanted.passed) || episode.attempts.some((attempt) => attemptFits(attempt, wanted))) &&
       (!wanted.text || haystack(episode).includes(wanted.text)));
+    if (wanted.order) matching.reverse();
     list.replaceChildren();
     shown = 0;
     found.textContent = `${matching.length.toLocaleString("en")} of ${episodes.length.toLocaleString("en")} episodes`;

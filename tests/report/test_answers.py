@@ -35,8 +35,8 @@ def test_the_challenger_is_better_when_its_reward_rose_beyond_chance(tmp_path: P
 
 
 def test_a_reward_that_fell_again_is_said(tmp_path: Path) -> None:
-    noise = noisy(0.1, 0.1, 50)
-    run = made_run(tmp_path / "run", 50, challenger__reward=lambda number: noise(number) + (0.4 if 21 <= number <= 40 else 0.1 * (number > 40)))
+    noise = noisy(0.5, 0.5, 50)
+    run = made_run(tmp_path / "run", 50, challenger__reward=lambda number: noise(number) - 0.3 * ((number - 30) / 25) ** 2)
     details = " ".join(answers.challenger(group_of(run)).details)
     assert "It was highest in iterations" in details and "has fallen since" in details
 

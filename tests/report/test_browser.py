@@ -105,6 +105,8 @@ def test_episodes_are_searched_and_filtered(browser: Browser, tmp_path: Path) ->
         assert text in shown
     assert browser.evaluate("document.querySelector('.open-episode mark').textContent") == "lies in the"
     fill(browser, "text", "", 4)
+    fill(browser, "order", "last", 4)
+    assert browser.evaluate("[...document.querySelectorAll('.when')].map((one) => one.textContent)") == [f"iteration {number}" for number in (3, 2, 1, 1)]
     fill(browser, "passed", "some", 1)
     fill(browser, "passed", "none", 1)
     fill(browser, "passed", "", 4)
