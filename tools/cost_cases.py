@@ -1,29 +1,38 @@
+#!/usr/bin/env python3
 """Measured cases of the cost model: from the results of benchmarks, the work that the model counts and the seconds it took.
 
 `fit` finds the constants of least squared relative error, none below zero (Lawson and Hanson's active set); a weak pull to
 what was assumed before keeps those in place that the cases cannot tell apart. `calibration` writes a device's file.
+
+    python tools/cost_cases.py HUGGING_FACE_FOLDER            the cases in docs/results beside what the package's file predicts
+    python tools/cost_cases.py HUGGING_FACE_FOLDER --write    and makes that file anew from them
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy_benchmark import _stack, make_trajectories
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from megatron_spice.config.hf import ModelArchitecture, read_architecture
-from megatron_spice.config.layout import ParallelLayout
-from megatron_spice.config.schema import PolicyConfig
-from megatron_spice.cost.device import RATES, SHARED_BY_THREADS, TIMES, Device, Work
-from megatron_spice.cost.estimate import save_work
-from megatron_spice.cost.play import Batch, EngineShape, batch_work, play_work
-from megatron_spice.cost.update import update_work
-from megatron_spice.game.records import Trajectory
-from megatron_spice.policy.packing import Block, Cost, Row, plan_rows
+from benchmark_options import columns  # noqa: E402
+from policy_benchmark import _stack, make_trajectories  # noqa: E402
+
+from megatron_spice.config.hf import ModelArchitecture, read_architecture  # noqa: E402
+from megatron_spice.config.layout import ParallelLayout  # noqa: E402
+from megatron_spice.config.schema import PolicyConfig  # noqa: E402
+from megatron_spice.cost.device import RATES, SHARED_BY_THREADS, TIMES, Device, Work, default_file, read_device  # noqa: E402
+from megatron_spice.cost.estimate import save_work  # noqa: E402
+from megatron_spice.cost.play import Batch, EngineShape, batch_work, play_work  # noqa: E402
+from megatron_spice.cost.update import update_work  # noqa: E402
+from megatron_spice.game.records import Trajectory  # noqa: E402
+from megatron_spice.policy.packing import Block, Cost, Row, plan_rows  # noqa: E402
 
 PRIOR = 1e-2
 """Weight of a constant's relative distance from what was assumed, beside a case's relative error."""
@@ -237,3 +246,22 @@ def _job(command: str, layout: str) -> dict[str, Any]:
         "prompts": options.prompt, "threads": options.threads,
         **{key: getattr(options, key) for key in ("model", "layers", "groups", "group_size", "completion", "seed")},
     }  # fmt: skip
+
+
+def _main(arguments: Sequence[str]) -> None:
+    folder, *rest = arguments
+    cases = committed_cases(ROOT / "docs" / "results", Path(folder))
+    path = default_file("cpu")
+    if rest == ["--write"]:
+        source = "least squares over docs/results/policy-cpu, sync-cpu and iteration-cpu"
+        path.write_text(json.dumps(calibration("two cores of an AMD EPYC (AVX-512, bf16)", cases, read_device(path), source), indent=1) + "\n")
+    device = read_device(path)
+    rows = [["part", "case", "", "measured s", "predicted s", "off"]]
+    for case in cases:
+        predicted = device.seconds(case.work, case.threads)
+        rows.append([case.part, case.name, "" if case.calibrates else "held out", f"{case.seconds:.3f}", f"{predicted:.3f}", f"{case.off(device):+.1%}"])
+    print(columns(rows))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -37,6 +37,9 @@ PACE = {
     "spread": 0.7,
 }  # fmt: skip
 TRAIN_SECONDS_PER_TOKEN = 0.0015
+PROCESSOR_SECONDS = 0.3
+"""Of a rank and iteration, as measured with 1 to 8 ranks. The prediction is an iteration's waits and this of all ranks, shared out
+over the cores: as if none of it went on while others wait."""
 SAVE_EVERY = 10  # iterations, as `checkpoint.every` is by default
 
 
@@ -73,6 +76,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append({
             "ranks": result["ranks"], "seconds": seconds, "phases": phases, "expected": expected, "expected_seconds": simulated,
             "saving": result["saving"], "overhead": {name: phases[name] - expected.get(name, 0.0) for name in phases},
+            "predicted_seconds": simulated + PROCESSOR_SECONDS * result["ranks"] / result["cores"],
             "processor_seconds": statistics.median(each["processor"] for each in iterations),
         })  # fmt: skip
     first = rows[0]
@@ -87,11 +91,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return "nothing was measured"
     names = results[0]["phases"]
-    titles = ["ranks", "s/iteration", "by its waits", "efficiency", "without tails", *(f"{name} s" for name in names), "a save s"]
+    titles = ["ranks", "s/iteration", "by its waits", "predicted", "efficiency", "without tails", *(f"{name} s" for name in names), "a save s"]
     rows = [titles + [f"+{name}" for name in names] + ["CPU s/rank"]]
     for row in summary(results):
         rows.append([
-            str(row["ranks"]), f"{row['seconds']:.2f}", f"{row['expected_seconds']:.2f}", f"{row['efficiency']:.3f}",
+            str(row["ranks"]), f"{row['seconds']:.2f}", f"{row['expected_seconds']:.2f}", f"{row['predicted_seconds']:.2f}", f"{row['efficiency']:.3f}",
             f"{row['without_tails']:.3f}", *(f"{row['phases'][name]:.2f}" for name in names), f"{row['saving']:.2f}",
             *(f"{row['overhead'][name]:.2f}" for name in names), f"{row['processor_seconds']:.2f}",
         ])  # fmt: skip

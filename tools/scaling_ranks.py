@@ -18,6 +18,8 @@ from typing import Any
 
 from simulated_engine import Pace, SimulatedEngine, request_seconds, serve
 
+from megatron_spice.machine import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 CHALLENGER_LIMIT, REASONER_LIMIT, GROUP = 64, 16, 8
 PHASES = ("sync", "play", "wake", "train", "other")
@@ -192,7 +194,7 @@ def read_result(folder: Path, job: dict[str, Any], pace: Pace) -> dict[str, Any]
         slowest = {name: max(each["seconds"].get(f"seconds/{name}", 0.0) for each in mine) for name in PHASES}
         iterations.append({"seconds": seconds, "slowest": slowest, "expected": expected, "processor": processor})
     saving = ranks[0][job["iterations"] + 1]["seconds"]["seconds/save"]
-    return {"title": job["title"], "saving": saving, "ranks": job["virtual_ranks"], "phases": PHASES, "iterations": iterations, "job": job}
+    return {"title": job["title"], "saving": saving, "ranks": job["virtual_ranks"], "cores": usable_cores(), "phases": PHASES, "iterations": iterations, "job": job}
 
 
 def statistics_mean(values: Iterator[float]) -> float:

@@ -55,5 +55,5 @@ def test_two_ranks_play_train_and_save(tmp_path):
     for row in (one, two):
         assert 0 < row["expected_seconds"] < row["seconds"], "an iteration takes its waits and something more"
         assert row["phases"]["play"] >= row["expected"]["play"] and row["phases"]["train"] >= row["expected"]["train"]
-        assert row["processor_seconds"] > 0
+        assert row["processor_seconds"] > 0 and row["predicted_seconds"] > row["expected_seconds"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
