@@ -72,8 +72,9 @@ def reasoner(group: Group, early: Window | None, late: Window | None) -> Answer:
     details.append(why + "tools/evaluate.py, on fixed questions and two checkpoints, would (--output RUN_DIR/evaluation/iteration_N).")
     if found is None:
         return Answer(group.label, UNKNOWN, "open", _too_short(group, progress.PASS_RATE), details)
-    verdict = {1: "It passes more tasks", -1: "It passes fewer tasks", 0: "It passes as many tasks as before"}[found.direction]
-    return Answer(group.label, f"{verdict}; whether it reasons better cannot be told", "open", rate, details)
+    verdict = {1: "It passes more tasks", -1: "It passes fewer tasks"}.get(found.direction)
+    verdict = f"{verdict}; whether it reasons better cannot be told" if verdict else UNKNOWN
+    return Answer(group.label, verdict, "open", rate, details)
 
 
 def _evaluated(group: Group, evaluated: dict[str, Change], details: list[str]) -> Answer:

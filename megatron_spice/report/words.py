@@ -34,8 +34,8 @@ def share(value: float) -> str:
 
 
 def reward(value: float) -> str:
-    """Two digits."""
-    text = f"{value:.2f}"
+    """Two digits; three where two would hide on which side of zero it is."""
+    text = f"{value:.3f}" if 0.0005 <= abs(value) < 0.005 else f"{value:.2f}"
     return "0.00" if text == "-0.00" else text.replace("-", MINUS)
 
 

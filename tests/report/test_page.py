@@ -77,7 +77,7 @@ def test_a_newcomer_finds_four_answers_at_the_top() -> None:
     """What is known of the run of 50 iterations: the roles agree on "1" in the end [docs/results/quickstart-50/README.md]."""
     text = Elements(page([read_run(REAL)])).text
     said = [
-        "Is the Challenger getting better?", "It earns more, but one answer has taken over", "Its mean reward rose from 0.00 to 0.32",
+        "Is the Challenger getting better?", "It earns more, but one answer has taken over", "Its mean reward rose from \u22120.004 to 0.32",
         "Is the Reasoner getting better?", "It passes more tasks; whether it reasons better cannot be told", "rose from 2.8\u00a0% to 51\u00a0%",
         "What do its questions look like?", "Mostly \u201chow many \u2026?\u201d", "The commonest gold answer, \u201c1\u201d, is that of 84\u00a0% of the tasks in iteration 50",
         "Where does the time go?", "Mostly into train: 46\u00a0%", "An iteration took 23.6 s", "0.01\u00a0% of it outside all phases", "Lengths",
