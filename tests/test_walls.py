@@ -76,7 +76,7 @@ HOMES = {
     ),
     "transformer_engine": ("megatron_spice/policy",),
     "nvidia": ("megatron_spice/corpus/dali_loader.py",),
-    "math_verify": ("megatron_spice/game/verify_worker.py",),
+    "math_verify": ("megatron_spice/game/verify_worker.py", "tools/grading_agreement.py"),  # the latter compares with it
 }
 HEAVY = {"torch", "megatron", "sglang", "transformers", "transformer_engine", "numpy", "triton", "nvidia", "torchvision"}
 

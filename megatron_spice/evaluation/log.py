@@ -6,6 +6,7 @@ A header that differs means other answers: it is refused rather than mixed. A la
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -17,15 +18,23 @@ class TaskLog:
     """The file of a task, opened for more. `done`: the record of each finished item, by its id.
 
     Raises:
-        ValueError: the file was begun with another header, which the message compares; or it is damaged.
+        ValueError: the file was begun with another header, which the message compares; it is damaged, or in use.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = self._read(dict(header)) if path.exists() else 0
         self._file: IO[bytes] = open(path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = self._read(dict(header))
+        except OSError:
+            self._file.close()
+            raise ValueError(f"{path} is being written by another evaluation") from None
+        except ValueError:
+            self._file.close()
+            raise
         self._file.truncate(size)
         if size == 0:
             self._write(dict(header))

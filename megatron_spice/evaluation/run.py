@@ -119,10 +119,11 @@ def summary(benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seconds:
     tokens = [answer["tokens"] for answer in answers if answer["tokens"] is not None]
     reasons: Counter[str] = Counter()
     for answer in answers:
-        reasons["judge" if answer.get("judge") else answer["reason"]] += 1
+        unclear = "judge" in answer and answer["judge"] is None
+        reasons["judge" if answer.get("judge") else "judge unclear" if unclear else answer["reason"]] += 1
     return Result(
         benchmark,
-        score([[answer["correct"] or answer.get("judge", False) for answer in record["answers"]] for record in records]),
+        score([[answer["correct"] or answer.get("judge") is True for answer in record["answers"]] for record in records]),
         score([[answer["correct"] for answer in record["answers"]] for record in records]),
         dict(reasons.most_common()),
         sum(answer["finish"] == "length" for answer in answers) / len(answers),

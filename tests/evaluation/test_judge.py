@@ -85,10 +85,10 @@ def test_the_judge_is_asked_only_where_rules_say_different(tmp_path):
             found = await evaluator.run(BY_NAME["math500"], items, log)
             # General knowledge is matched exactly; no judge is asked.
             other = await evaluator.run(BY_NAME["bbeh"], items[2:3], TaskLog(tmp_path / "other.jsonl", {}))
-            return found, other, (judge.asked, judge.agreed)
+            return found, other
 
-    found, other, counts = play(server, body)
-    assert found.score.mean == 0.4 and found.rules_only.mean == 0.2 and counts == (2, 1)
+    found, other = play(server, body)
+    assert found.score.mean == 0.4 and found.rules_only.mean == 0.2
     assert sorted(server.judged) == ["x plus 7", "x plus 8"] and server.systems == {SYSTEM}
     assert found.reasons == {"exact": 1, "judge": 1, "different": 1, "no_answer": 1, "too_long": 1}
     assert found.unanswered == 0.2 and found.mean_tokens == 5 and other.score.mean == 0.0
@@ -106,16 +106,27 @@ def test_errors_of_an_endpoint_are_said():
     with pytest.raises(EndpointError, match=r"GET http://127.0.0.1:\d+/v1/models was answered with 401: no"):
         play(Server({}), wrong_key)
 
-    async def unsure(url: str):
-        server.answers["?"] = "perhaps"
-        async with Endpoint(url, "secret") as endpoint:
-            judge = Judge(endpoint)
-            endpoint.chat = lambda *a, **b: _says("It depends.")
-            await judge.same("?", "1", "2")
 
-    async def _says(text: str):
-        return [{"text": text}]
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("yes", True), ("Yes.", True), ("**No**", False), ("NO, since 2 is not 3", False), ("They are the same: yes", True),
+        ("<think>no, no</think>\nyes", True), ("", None), ("It depends.", None), ("nothing", None),
+    ],
+)  # fmt: skip
+def test_what_a_judge_says(said, verdict):
+    class Says:
+        async def chat(self, messages, samples, **settings):  # noqa: ANN001, ANN003, ANN202
+            return [{"text": said}]
 
-    server = Server({})
-    with pytest.raises(EndpointError, match="was to say yes or no, it said 'It depends.'"):
-        play(server, unsure)
+    assert asyncio.run(Judge(Says()).same("?", "1", "2")) is verdict
+
+
+def test_two_evaluations_do_not_share_a_log(tmp_path):
+    log = TaskLog(tmp_path / "log.jsonl", {"task": "x"})
+    with pytest.raises(ValueError, match="being written by another evaluation"):
+        TaskLog(tmp_path / "log.jsonl", {"task": "x"})
+    log.close()
+    TaskLog(tmp_path / "log.jsonl", {"task": "x"}).close()
+    with pytest.raises(ValueError, match="task was 'x', is 'y'"):
+        TaskLog(tmp_path / "log.jsonl", {"task": "y"})
