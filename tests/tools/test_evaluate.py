@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
 
@@ -54,3 +57,44 @@ def test_no_file_and_no_line():
     done = subprocess.run([sys.executable, TOOL, "grade", "/nowhere.jsonl"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "/nowhere.jsonl" in done.stderr
     assert grade("")[:2] == (0, [])
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}", "--tasks", "gsm"], "there is no task 'gsm'; there are amc, minerva"),
+        (["{model}", "--tasks", "gsm8k"], "gsm8k (GSM8K, test: openai/gsm8k (1,319)) needs its file: --data gsm8k=PATH"),
+        (["{model}", "--tasks", "gsm8k", "--data", "gsm8k={file}"], "no field for question (question or problem or input or prompt)"),
+        (["{model}", "--tasks", "gsm8k", "--data", "gsm8k=/nowhere.jsonl"], "/nowhere.jsonl is not there"),
+        (["{model}", "--tasks", "gsm8k", "--data", "/nowhere"], "--data /nowhere: no such folder"),
+        (["{model}", "--tasks", "gsm8k", "--data", "gsm8k={file}", "--map", "question=q", "--map", "answer=a", "--samples", "4"], "give --temperature too"),
+        (["{model}", "--tasks", "factbook", "--engine", "thread=1"], "--engine thread=1: expected KEY=VALUE with a setting of `rollout`"),
+        (["{model}", "--tasks", "factbook", "--engine", "threads=none"], "--engine threads='none': Input should be a valid integer"),
+        (["/nowhere", "--tasks", "factbook"], "/nowhere is neither a folder nor an address"),
+        (["{model}", "--tasks", "gsm8k", "--data", "gsm8k={file}", "--map", "question=q", "--map", "answer=a"], "is no checkpoint: it holds neither config.json"),
+        (["{model}", "--tasks", "factbook", "--recipe", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["hold-out", "{file}", "{file}", "{file}"], "exists; remove it or name another"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_said_before_anything_starts(tool, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"q": "?", "a": "1"}\n')
+    known = {"model": str(tmp_path / "model"), "file": str(tmp_path / "rows.jsonl")}
+    assert tool.main([argument.format(**known) for argument in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors
+
+
+def test_tasks_are_listed_with_their_fields(tool, capsys):
+    assert tool.main(["tasks"]) == 0
+    said = capsys.readouterr().out
+    assert "mean of 32 at temperature 0.6" in said and "letter: answer_letter | answer | answer_index" in said
