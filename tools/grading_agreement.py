@@ -2,9 +2,9 @@
 """Grades the same generations with this project's rules, with Math-Verify alone and with lm-evaluation-harness, and lists every
 disagreement with its explanation.
 
-    python tools/grading_agreement.py GENERATIONS.jsonl OUTPUT_FOLDER --logs runs/evaluations/NAME/*.jsonl --cases tests/game/grading_cases.jsonl
+    python tools/grading_agreement.py GENERATIONS.jsonl OUTPUT_FOLDER
 
-GENERATIONS is written, out of the logs of tools/evaluate.py and the cases of the tests, if it is not there; otherwise it is read.
+GENERATIONS is written, out of what `--logs`, `--made` and `--cases` name, if it is not there; otherwise it is read.
 lm-evaluation-harness (0.4.13) is not a requirement of this project: pip install lm_eval==0.4.13 into another environment that
 has this project's requirements, and run this there. Its parts that are used are its own: the regular expressions of its GSM8K
 task, its filter that applies them, its exact match with what the task tells it to ignore, and the extraction and the
@@ -34,9 +34,9 @@ LONGEST = 20_000
 """Characters; longer cases are tests of limits, and the rivals have none."""
 
 
-def collect(logs: list[Path], cases: Path | None) -> list[dict[str, Any]]:
-    """Generations with a numeric or mathematical gold answer: real ones from logs, and the tests' cases that have a box."""
-    found = []
+def collect(logs: list[Path], made: list[Path], cases: Path | None) -> list[dict[str, Any]]:
+    """Generations with a numeric or mathematical gold answer: real ones, and the tests' cases that are meant to have a box."""
+    found = [json.loads(line) for file in made for line in file.read_text(encoding="utf-8").splitlines()]
     for log in logs:
         header, *records = map(json.loads, log.read_text(encoding="utf-8").splitlines())
         for record in records:
@@ -138,11 +138,12 @@ def main() -> int:
     parser.add_argument("generations", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--logs", type=Path, nargs="*", default=[], help="logs of tools/evaluate.py")
+    parser.add_argument("--made", type=Path, nargs="*", default=[], help="files of tools/grading_generations.py")
     parser.add_argument("--cases", type=Path, help="tests/game/grading_cases.jsonl")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.generations.exists():
-        lines = [json.dumps(each) + "\n" for each in collect(options.logs, options.cases)]
+        lines = [json.dumps(each) + "\n" for each in collect(options.logs, options.made, options.cases)]
         options.generations.write_text("".join(lines), encoding="utf-8")
     generations = [json.loads(line) for line in options.generations.read_text(encoding="utf-8").splitlines()]
     harness = Harness()

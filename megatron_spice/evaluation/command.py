@@ -105,6 +105,8 @@ class Plan:
         for benchmark in find_all(options.tasks):
             items = sources.load(sources.request_for(benchmark, options.data, options.map), options.split, options.limit)
             self.tasks.append((_asked(benchmark, options), items))
+        if not models.is_url(self.source):
+            models.check(Path(self.source), options.hf)
 
     @property
     def about(self) -> dict[str, Any]:

@@ -190,6 +190,13 @@ async def _watch(engine: Engine) -> None:
         await asyncio.sleep(1.0)
 
 
+def check(checkpoint: Path, hf: Path | None) -> None:
+    """Raises ValueError, FileNotFoundError or ConfigError where a folder is no checkpoint, or not a whole one."""
+    from megatron_spice.convert.find import open_source  # loads torch
+
+    open_source(checkpoint, hf)
+
+
 def export(checkpoint: Path, hf: Path | None, target: Path) -> Path:
     """A Hugging Face folder of a checkpoint: itself if it is one, else made as `target` (which is kept if it is there).
 
