@@ -60,6 +60,7 @@ AIMS: dict[str, tuple[Any, str, int]] = {
 }
 """Where to kill: a function, and up to which of its calls."""
 
+READY = "ready"  # a file that is there when the run begins to iterate
 LEFT = 99  # exit code of a rank that has found something wrong
 
 
@@ -150,11 +151,16 @@ def rank(
             os._exit(LEFT)
 
     checkpointer.Checkpointer.begin, checkpointer.load_tensors = noting_begin, comparing_load
+    def build(*arguments: Any) -> Any:
+        run = assemble.assemble(*arguments, make_engine=HashEngine)
+        (notes / READY).touch()
+        return run
+
     assemble.Verifier, assemble.copy_rate = NoVerifier, lambda device: 1e9
     if aim is not None:
         _act_at(*aim, act)
     try:
-        train.train(load_config(recipe, overrides), functools.partial(assemble.assemble, make_engine=HashEngine))
+        train.train(load_config(recipe, overrides), build)
     except StorageError as error:  # as __main__ does
         print(f"megatron_spice (rank {me}): {error}", flush=True)
         return 1
@@ -212,15 +218,21 @@ def start(work: Callable[[int], int], log: Path) -> dict[int, int]:
     return pids
 
 
-def wait(pids: dict[int, int], kill_at: float | None, victims: list[int], limit: float = 120.0) -> dict[int, int]:
-    """Exit codes by rank (negative: the signal). At `kill_at` seconds the victims are killed. Once one has gone that way or
-    otherwise failed, the others are ended, by another signal: they may have noticed before and failed themselves."""
+def wait(
+    pids: dict[int, int], kill_at: float | None, victims: list[int], since: Path | None = None, limit: float = 120.0
+) -> dict[int, int]:
+    """Exit codes by rank (negative: the signal). At `kill_at` seconds, from when a file is there if one is given (`since`), the
+    victims are killed. Once one has gone that way or otherwise failed, the others are ended, by another signal: they may have
+    noticed before and failed themselves."""
     began, codes = time.monotonic(), {}
+    end = began + limit
     while len(codes) < len(pids):
+        if since is not None:
+            began, since = time.monotonic(), None if since.exists() else since
         now = time.monotonic() - began
-        if now > limit:
-            kill_at, victims = now, list(pids)
-        if kill_at is not None and now >= kill_at:
+        if time.monotonic() > end:
+            kill_at, victims, since = now, list(pids), None
+        if since is None and kill_at is not None and now >= kill_at:
             kill_at = None
             for each in victims:
                 _kill(pids, codes, each)
@@ -270,12 +282,16 @@ def campaign(recipe: Path, folder: Path, moments: int, seed: int) -> dict[str, A
     run_dir, notes = folder / "killed", folder / "notes"
     notes.mkdir(parents=True)
     settings = [*SETTINGS, f"checkpoint.every={dice.choice([1, 1, 2, 3])}"]
-    names, seconds = list(AIMS), 3.5
+    names, seconds = list(AIMS), 2.0
 
-    def attempt(iterations: int, where: Path, aim: Any, victims: list[int], kill_at: float | None) -> dict[int, int]:
+    def attempt(
+        iterations: int, where: Path, aim: Any, victims: list[int], kill_at: float | None, starting: bool = False
+    ) -> dict[int, int]:
+        (notes / READY).unlink(missing_ok=True)
         told_where = [*settings, f"run.dir={where}", f"train.iterations={iterations}"]
         aims = {each: aim for each in victims[:1]}
-        return wait(start(lambda me: rank(recipe, told_where, notes, aims.get(me)), where.with_suffix(".log")), kill_at, victims)
+        pids = start(lambda me: rank(recipe, told_where, notes, aims.get(me)), where.with_suffix(".log"))
+        return wait(pids, kill_at, victims, None if starting else notes / READY)
 
     for moment in range(moments):
         victims = dice.choice([[0], [1], [0, 1]])
@@ -284,14 +300,15 @@ def campaign(recipe: Path, folder: Path, moments: int, seed: int) -> dict[str, A
         aim = (name, dice.randint(1, AIMS[name][2]), dice.random() < 0.5) if aimed else None
         # What only the first rank does kills only there; an aim that is not reached is a random moment.
         victims = [0] if aimed and AIMS[name][0] in (store, json_lines.JsonLines, Path) else victims
-        kill_at = dice.uniform(0.2, seconds) if not aimed else seconds
-        codes = attempt(10**6, run_dir, aim, victims, kill_at)
+        starting = not aimed and dice.random() < 0.25
+        kill_at = seconds if aimed else dice.uniform(0.1, 1.0 if starting else seconds)
+        codes = attempt(10**6, run_dir, aim, victims, kill_at, starting)
         assert LEFT not in codes.values() and codes[victims[0]] == -signal.SIGKILL, (folder, moment, codes)
         whole = assert_whole(run_dir, notes)
         assert not newest or newest <= whole[-1], f"checkpoint {newest} is gone: {whole}"
         newest = whole[-1] if whole else 0
         partial = [path.name for path in store.folder_of(run_dir).glob("*.partial")] if run_dir.exists() else []
-        told.append({"aim": aim, "victims": victims, "seconds": kill_at, "whole": whole, "partial": partial})
+        told.append({"aim": aim, "victims": victims, "seconds": kill_at, "starting": starting, "whole": whole, "partial": partial})
     last = newest + 2
     assert set(attempt(last, run_dir, None, [], None).values()) == {0}
     assert_whole(run_dir, notes)
