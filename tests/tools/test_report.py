@@ -24,12 +24,12 @@ def some_run(folder: Path, count: int) -> Path:
 @pytest.mark.parametrize("count", [1, 50])
 def test_a_run_becomes_a_page_figures_and_a_summary(tmp_path: Path, count: int) -> None:
     run = some_run(tmp_path / "run", count)
-    done = report(run, "--png", tmp_path / "png")
+    done = report(run, *(["--png", tmp_path / "png"] if count == 50 else []))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
     assert "<title>run: SPICE run report</title>" in (run / "report.html").read_text()
-    assert {path.name for path in (tmp_path / "png").iterdir()} >= {"phases.png", "challenger-valid_share.png"}
     if count == 50:
+        assert {path.name for path in (tmp_path / "png").iterdir()} >= {"phases.png", "challenger-valid_share.png"}
         assert "challenger/valid_share           0.455 ->     0.855" in done.stdout
         assert "6.7 minutes of iterations: play 75.0%, other 25.0%" in done.stdout
 
