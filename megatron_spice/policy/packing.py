@@ -9,7 +9,8 @@ prompt and to its own completion (`rows.py` makes the mask and the positions). W
 its own prompt; nothing else changes.
 
 Rows hold at most a budget of tokens; a block longer than the budget is split between completions, and a single
-trajectory longer than the budget gets a row to itself. Rows are dealt to the data-parallel ranks by descending cost,
+trajectory longer than the budget gets a row to itself. For several data-parallel ranks there are as many rows for each, about
+equally costly (`even_rows`), if that can be. Rows are dealt to the data-parallel ranks by descending cost,
 each to the least loaded, and short ranks get empty rows: every rank must run the same number of micro-batches, and an
 interleaved pipeline a multiple of its stages.
 """
@@ -119,6 +120,29 @@ def pack_rows(blocks: Sequence[Block], budget: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
+def even_rows(blocks: Sequence[Block], budget: int, count: int, cost: Cost = Cost()) -> list[Row] | None:
+    """The blocks in so many rows that cost about the same: the costliest first, each into the cheapest row with room for it. None
+    if one finds no room, or there are fewer blocks than rows.
+
+    Full rows, dealt to ranks that get two or three each, leave most of them waiting for those with three; as many rows for
+    each rank, none of them full, do not.
+    """
+    if len(blocks) < count:
+        return None
+    rows: list[list[Block]] = [[] for _ in range(count)]
+    sizes, loads = [0] * count, [0.0] * count
+    for block, price in sorted(((block, row_cost((block,), cost)) for block in blocks), key=lambda priced: -priced[1]):
+        length = block.num_tokens
+        places = [place for place in range(count) if not rows[place] or sizes[place] + length <= budget]
+        if not places:
+            return None
+        place = min(places, key=lambda place: (loads[place], place))
+        rows[place].append(block)
+        sizes[place] += length
+        loads[place] += price
+    return [tuple(row) for row in rows]
+
+
 def deal_rows(rows: Sequence[Row], data_parallel_size: int, cost: Cost = Cost(), multiple: int = 1) -> list[list[Row]]:
     """One list of rows for each data-parallel rank, equally long, a multiple of `multiple`; `()` is an empty row."""
     dealt: list[list[Row]] = [[] for _ in range(data_parallel_size)]
@@ -142,7 +166,10 @@ def plan_rows(
     multiple: int = 1,
 ) -> list[list[Row]]:
     """Rows for each data-parallel rank: `plan[rank][micro_batch]`."""
-    rows = pack_rows(make_blocks(trajectories, budget, shared_prefix), budget)
+    blocks = make_blocks(trajectories, budget, shared_prefix)
+    rows = pack_rows(blocks, budget)
+    if data_parallel_size > 1:
+        rows = even_rows(blocks, budget, -(-len(rows) // data_parallel_size) * data_parallel_size, cost) or rows
     return deal_rows(rows, data_parallel_size, cost, multiple)
 
 

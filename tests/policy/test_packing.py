@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -137,3 +138,31 @@ def test_rows_are_balanced_by_cost():
     batch = [Trajectory("reasoner", (i,), (1,) * length, (0.0,) * length, 1.0, 0.0) for i, length in enumerate([9, 1, 5, 5])]
     loads = [sum(map(num_tokens, rows)) for rows in plan_rows(batch, 1, 2)]
     assert loads == [12, 12]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(2, 8))
+def test_several_ranks_have_as_many_micro_batches_as_full_rows_would_give(lengths, ranks):
+    trajectories = [Trajectory("reasoner", (number,), (0,) * length, (), 1.0, 0.0) for number, length in enumerate(lengths)]
+    budget = 100
+    plan = plan_rows(trajectories, budget, ranks)
+    full = deal_rows(pack_rows(make_blocks(trajectories, budget, True), budget), ranks)
+    assert len(plan[0]) == len(full[0]) and all(num_tokens(row) <= budget for share in plan for row in share)
+    played = [each.prompt_ids[0] for share in plan for row in share for block in row for each in block.trajectories]
+    assert sorted(played) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_no_rank_waits_long_for_another(ranks):
+    """Four passages a rank, in rows that a rank has two or three of: dealt full, the busiest has a quarter more than the mean."""
+    rng = random.Random(0)
+    trajectories = [
+        Trajectory("challenger", (number,) * prompt, (0,) * rng.randint(1, longest), (), 1.0, 0.0)
+        for number in range(8 * ranks) for prompt, longest in [((150, 64), (100, 16))[number % 2]] for _ in range(8)
+    ]  # fmt: skip
+
+    def worst(plan):
+        loads = [sum(map(num_tokens, share)) for share in plan]
+        return max(loads) / (sum(loads) / len(loads))
+
+    full = deal_rows(pack_rows(make_blocks(trajectories, 1024, True), 1024), ranks)
+    assert worst(plan_rows(trajectories, 1024, ranks)) < 1.1 < worst(full)
