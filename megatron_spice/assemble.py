@@ -154,6 +154,7 @@ def assemble(
         policy.keep_reference()
     if resume:
         load_tensors(policy, resume, with_optimizer=True)
+    checkpointer.reserve(policy)  # while engines start, if they do so beside it
     policy.sleep(keep_weights=False)
     dist.barrier()
     rate = copy_rate(policy.device)

@@ -75,6 +75,10 @@ class Checkpointer:
         """Whether iteration `iteration` (from 1) of `last` ends with a save."""
         return iteration % self.config.every == 0 or iteration == last
 
+    def reserve(self, policy: Trainable) -> None:
+        """Takes the memory that `begin` copies into, so that the first save holds nobody up for longer than the others."""
+        self._snapshot.reserve(policy.holdings(with_optimizer=True).pieces)
+
     def begin(self, policy: Trainable, state: dict[str, Any]) -> None:
         """Copies policy and run state (`state["iteration"]` names the folder); the policy may change from here on. One save at a
         time: none may be under way."""

@@ -33,6 +33,8 @@ def test_a_snapshot_is_what_was_there_and_shares_what_is_shared():
     first, second = torch.arange(5.0), torch.arange(7, dtype=torch.bfloat16)
     pieces = [Piece(key, (5,), (0,), (5,), first) for key in ("weight", "master")] + [Piece("other", (7,), (0,), (7,), second)]
     snapshot = Snapshot()
+    snapshot.reserve(pieces)
+    reserved = snapshot.num_bytes
     taken, is_copied = snapshot.take(pieces)
     memory = taken[0].tensor.data_ptr()
     first.add_(1)
@@ -40,5 +42,5 @@ def test_a_snapshot_is_what_was_there_and_shares_what_is_shared():
     assert [piece.tensor.tolist() for piece in taken] == [[0, 1, 2, 3, 4]] * 2 + [[0, 1, 2, 3, 4, 5, 6]]
     assert taken[0].tensor.data_ptr() == taken[1].tensor.data_ptr() != first.data_ptr()
     again, _ = snapshot.take(pieces)
-    assert again[0].tensor.data_ptr() == memory, "host memory is taken once"
+    assert again[0].tensor.data_ptr() == memory and snapshot.num_bytes == reserved, "host memory is taken once"
     assert again[0].tensor.tolist() == [1, 2, 3, 4, 5]
