@@ -7,9 +7,11 @@ with exit code 2 and a message on stderr. Only `train` loads the heavy stack, an
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_spice import doctor, plan
 from megatron_spice.cluster.children import die_with_parent
@@ -117,11 +119,24 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(too_much, options.recipe)
     # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.
     die_with_parent(os.getppid())
-    with RankLog(config.run.dir, int(os.environ.get("RANK", "0")), int(world_size), interrupted_code=INTERRUPTED):
-        from megatron_spice.train import train
+    code: object = 0
+    try:
+        with RankLog(config.run.dir, int(os.environ.get("RANK", "0")), int(world_size), interrupted_code=INTERRUPTED):
+            from megatron_spice.train import train
 
-        train(config)
-    return 0
+            train(config)
+    except SystemExit as end:
+        code = end.code
+    _leave(code if isinstance(code, int) else 1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a rank whose work is done and told, without taking torch apart: its connections say goodbye to ranks and to a store that
+    may have gone first, and abort the process (SIGABRT, "Broken pipe") when nobody listens."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -60,6 +60,8 @@ python="${SPICE_VENV:-$root/.venv}/bin/python"
 [ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Megatron-Core calls collectives by names that this torch renames; a warning a rank and name would hide the progress.
+# And torch's store warns of every wait that is shorter than what is waited for: a line a second in the logs of ranks that wait.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}"
 
 if [ "$1" = "--dry-run" ]; then

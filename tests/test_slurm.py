@@ -162,6 +162,7 @@ def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(
     log = job.log.read_text()
     assert "resumed from" in log and re.search(r"first cause: rank 0 on n1 .* killed by SIGKILL", log), job.story()
     assert re.search(r"the run hangs: .*rank 1 \(n1\) gives no sign of life: it has been in .*, stopped\)", log), job.story()
+    assert re.search(r"spice.sh: first cause: rank \d on n\d .* Hang: the run hangs", log), job.story()
     further(job)
     kill_node(slurm, job, "n2")
     job.sleep_until(lambda: job.restarts() == 3)

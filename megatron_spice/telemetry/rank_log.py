@@ -29,6 +29,7 @@ from megatron_spice.config.errors import ConfigError, StorageError
 
 MARK = "==== "
 BEGAN, ENDED, INTERRUPTED, REFUSED, FAILED, KILLED = "began", "ended", "interrupted", "refused", "failed", "killed"
+HANG = "Hang: "  # how the reason of a failure begins that the watchdog tells
 MAX_REASON = 600  # characters of an error in a mark; all of it stands above
 
 

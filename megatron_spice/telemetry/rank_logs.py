@@ -58,7 +58,8 @@ class RankLog:
     @property
     def is_echo(self) -> bool:
         """Whether it failed only because another rank did."""
-        return self.has_failed and self.state != rank_log.KILLED and _ECHO.search(self.reason) is not None
+        told_first = self.state == rank_log.KILLED or self.reason.startswith(rank_log.HANG)
+        return self.has_failed and not told_first and _ECHO.search(self.reason) is not None
 
     def words(self) -> str:
         """How it ended, for a person."""

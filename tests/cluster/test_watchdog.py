@@ -50,6 +50,7 @@ def test_a_stopped_first_rank_is_named_by_its_silence_and_ended(tmp_path):
     assert done.returncode == 1 and seconds < 30, done.stderr
     assert "rank 0 (node0) gives no sign of life: it has been in train for" in told and ", stopped)" in told
     assert "rank 1 waits in all_reduce of train" in told and "the silent ones have none" in told
+    assert "Hang: the run hangs" in done.stderr.splitlines()[-1], "and not that it was killed then"
 
 
 def place(rank: int, waits: str | None, phase: str = "train") -> Place:
