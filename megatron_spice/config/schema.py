@@ -16,7 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Weights = Annotated[dict[str, PositiveFloat], Field(min_length=1)]
 Precision = Literal["fp32", "bf16", "fp8"]
 AnswerType = Literal["MCQ", "Integer", "Expression", "String"]
-ChallengerReward = Literal["variance", "threshold", "r_zero", "absolute_zero"]
+ChallengerReward = Literal["variance", "threshold", "r_zero", "r_zero_majority", "absolute_zero"]
 
 
 class Room(BaseModel):
@@ -70,7 +70,10 @@ class GameConfig(Room):
     attempts: PositiveInt = Field(1024, description="N: most Challenger attempts a passage. [paper: 1024]")
     attempt_chunk: PositiveInt = Field(8, description="Attempts sampled at a time until one is valid and there are G.")
     group_size: PositiveInt = Field(8, description="G: attempts trained on a passage, and answers a task (K). [paper: 8]")
-    challenger_reward: ChallengerReward = Field("variance", description="Reward of a valid task by its pass rate.")
+    challenger_reward: ChallengerReward = Field(
+        "variance",
+        description="Reward of a valid task by its pass rate; `r_zero_majority`: by how many answers agree with the most frequent one.",
+    )
     invalid_reward: float = Field(-0.1, description="rho: reward of an invalid attempt. [paper: -0.1]")
     grounding: Literal["none", "span"] = Field(
         "none", description="`span`: the answer must occur in the passage and not in the question (MCQ: the chosen option's text)."

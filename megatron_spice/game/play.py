@@ -26,7 +26,7 @@ from megatron_spice.game.records import (
     Answer, AnswerType, Attempt, Completion, Episode, Generator, InvalidReason, Passage, Prompt, Role, Sampling, Task,
     Tokenizer,
 )  # fmt: skip
-from megatron_spice.game.rewards import challenger_reward, reasoner_reward
+from megatron_spice.game.rewards import challenger_reward, majority_share, reasoner_reward
 from megatron_spice.game.styles import style_for
 from megatron_spice.game.together import together
 from megatron_spice.game.validate import check_switches, read_attempt
@@ -232,15 +232,19 @@ def _score(
     scored = list(attempts)
     for index in group:
         attempt = replace(scored[index], in_group=True, answers=answers.get(index, ()))
-        paid = (
-            config.invalid_reward
-            if attempt.task is None
-            else challenger_reward(config.challenger_reward, attempt.pass_rate)
-        )
-        scored[index] = replace(attempt, reward=paid)
+        scored[index] = replace(attempt, reward=_paid(attempt, config))
     for index, advantage in zip(group, advantages([scored[index].reward for index in group])):
         scored[index] = replace(scored[index], advantage=advantage)
     return scored
+
+
+def _paid(attempt: Attempt, config: GameConfig) -> float:
+    """What the Challenger gets for an attempt that has been answered, or is no task."""
+    if attempt.task is None:
+        return config.invalid_reward
+    if config.challenger_reward == "r_zero_majority":
+        return challenger_reward("r_zero", majority_share([answer.verdict.extracted for answer in attempt.answers]))
+    return challenger_reward(config.challenger_reward, attempt.pass_rate)
 
 
 def _as_reasoner_task(attempt: Attempt) -> Attempt:

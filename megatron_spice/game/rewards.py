@@ -8,6 +8,10 @@ tau = 0.01 stands in the exponent as it is, not squared: the plateau is wide, 2/
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_spice.game.text import normalise
 
 VARIANCE_OPTIMUM = 0.25
 VARIANCE_TAU = 0.01
@@ -35,6 +39,15 @@ def challenger_reward(kind: str, pass_rate: float) -> float:
     if kind == "absolute_zero":
         return 1.0 - pass_rate if pass_rate > 0.0 else 0.0
     raise ValueError(f"challenger_reward must be variance, threshold, r_zero or absolute_zero, got {kind!r}")
+
+
+def majority_share(answers: Sequence[str | None]) -> float:
+    """Share of answers that agree with the most frequent one, by form; those in which none was found agree with nobody.
+
+    What R-Zero pays by in its own paper, where no gold answer is written: `challenger_reward("r_zero", majority_share(...))`.
+    """
+    counts = Counter(normalise(answer) for answer in answers if answer is not None)
+    return max(counts.values(), default=0) / len(answers)
 
 
 def reasoner_reward(correct: bool) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spice.game.groups import advantages, subsample, valid_count
-from megatron_spice.game.rewards import challenger_reward, reasoner_reward
+from megatron_spice.game.rewards import challenger_reward, majority_share, reasoner_reward
 
 
 @given(st.lists(st.booleans(), min_size=0, max_size=1200), st.integers(1, 16), st.integers(0, 9))
@@ -108,6 +108,15 @@ def test_where_each_reward_is_largest(half):
     assert paid["absolute_zero"][1:] == sorted(paid["absolute_zero"][1:], reverse=True)
     for kind in ("threshold", "r_zero", "absolute_zero"):
         assert paid[kind][0] == paid[kind][-1] == 0.0, "what nobody or everybody answers is worth nothing"
+
+
+@given(st.lists(st.sampled_from(["Accra", " accra. ", "Lagos", "7", None]), min_size=1, max_size=12))
+def test_the_majority_is_of_answers_that_are_there_and_equal_in_form(answers):
+    share = majority_share(answers)
+    forms = ["accra" if answer and "ccra" in answer else answer for answer in answers]
+    assert share == max(forms.count(form) for form in {*forms, "none"} - {None}) / len(answers)
+    assert 0.0 <= challenger_reward("r_zero", share) <= 1.0
+    assert majority_share([None] * len(answers)) == 0.0
 
 
 def test_wrong_settings_are_named():
