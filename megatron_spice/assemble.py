@@ -252,6 +252,7 @@ def _make_pool(
             told = quantization_config(config.policy, read_architecture(config.policy.model)) if fp8 else None
             engines.append(make_engine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
             numbers.append(topology.node_rank * rollout.engines_per_node + number)
+    asked = challenger.wording(config, tokenizer)
     if config.game.fixed_challenger:
         moved = config.model_copy(update={"rollout": rollout})
         beside = challenger.engines_beside(moved, topology, numbers, tokenizer)
@@ -259,7 +260,7 @@ def _make_pool(
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p, seed=config.train.seed, challenger=challenger.wording(config, tokenizer),
+        top_p=config.rollout.top_p, seed=config.train.seed, challenger=asked,
     )  # fmt: skip
     if config.audit.grounded_answers or config.audit.options_only:
         play = functools.partial(_play_and_audit, audit=config.audit, **play.keywords)

@@ -33,14 +33,18 @@ def wording(config: Config, tokenizer: TextTokenizer) -> Wording | None:
     """How the Challenger is spoken to; None: like the Reasoner.
 
     Raises:
-        ConfigError: the folder of `rollout.challenger.tokenizer` holds none.
+        ConfigError: the tokenizer of `rollout.challenger.tokenizer` cannot be used, or has no chat format where the style needs one.
     """
     told = config.rollout.challenger
     if not told.engines:
         return None
-    if told.tokenizer is not None:
-        tokenizer = TextTokenizer.from_dir(told.tokenizer)
-    return Wording.of(told.prompt_style or config.game.prompt_style, tokenizer)
+    try:
+        if told.tokenizer is not None:
+            tokenizer = TextTokenizer.from_dir(told.tokenizer)
+        return Wording.of(told.prompt_style or config.game.prompt_style, tokenizer)
+    except (ValueError, OSError) as error:
+        named = told.tokenizer or f"null (policy.model={config.policy.model})"
+        raise ConfigError(f"rollout.challenger.tokenizer={named}: {error}") from error
 
 
 def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], tokenizer: TextTokenizer) -> list[Engine]:

@@ -62,14 +62,17 @@ def _audit(options: argparse.Namespace) -> int:
         check(reader)
         config = load_config(run.folder / RECIPE_NAME, options.overrides)
         device = machine.device(config.cluster.device)
-        say = lambda words: print(words, file=sys.stderr, flush=True)  # noqa: E731
-        found[f"agreement with {reader.name}"] = agreement.ask(run, config, reader, options.tasks, options.answers, device, say)
+        found[f"agreement with {reader.name}"] = agreement.ask(run, config, reader, options.tasks, options.answers, device, _say)
         shutil.rmtree(run.folder / agreement.FOLDER / MODELS, ignore_errors=True)
     (run.folder / agreement.FOLDER).mkdir(exist_ok=True)
     text = json.dumps(found, indent=1)
     (run.folder / agreement.FOLDER / "audit.json").write_text(text + "\n")
     print(text)
     return 0
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def looks(run: Run) -> dict[str, Any]:

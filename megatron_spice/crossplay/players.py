@@ -35,7 +35,8 @@ class Player:
 
 
 def players(text: str) -> list[Player]:
-    """From `NAME=SOURCE,SOURCE,...`; without a name, a checkpoint is called by the last two parts of its path.
+    """From `NAME=SOURCE,SOURCE,...`; without a name, a checkpoint is called by the last two parts of its path, a server by its
+    address.
 
     Raises:
         ValueError: two have the same name, or one has a name that no file can have.
@@ -43,7 +44,8 @@ def players(text: str) -> list[Player]:
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         named = re.match(r"([\w.+-]+)=(.+)", part)
-        name, source = named.groups() if named else ("-".join(part.rstrip("/").split("/")[-2:]), part)
+        last = part.rstrip("/").split("/")[-1 if "://" in part else -2 :]
+        name, source = named.groups() if named else ("-".join(last), part)
         name = re.sub(r"[^\w.+-]", "_", name)
         found.append(Player(name, source))
     names = [player.name for player in found]

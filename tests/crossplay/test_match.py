@@ -39,7 +39,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_models_are_named_or_named_after_their_folders():
     found = players("early=runs/a/iteration_8, runs/b/iteration_50,http://gpu7:30000")
     assert found == [
-        Player("early", "runs/a/iteration_8"), Player("b-iteration_50", "runs/b/iteration_50"), Player("-gpu7_30000", "http://gpu7:30000")
+        Player("early", "runs/a/iteration_8"), Player("b-iteration_50", "runs/b/iteration_50"), Player("gpu7_30000", "http://gpu7:30000")
     ]  # fmt: skip
     assert [player.is_url for player in found] == [False, False, True]
     with pytest.raises(ValueError, match="two models are called x"):
