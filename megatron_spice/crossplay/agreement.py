@@ -7,7 +7,6 @@ afterwards, over the whole run, says more. Tasks are drawn evenly over the run, 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -16,12 +15,11 @@ from typing import Any
 from megatron_spice.config.schema import Config
 from megatron_spice.crossplay.matrix import interval
 from megatron_spice.crossplay.players import Player, served
-from megatron_spice.crossplay.session import session
+from megatron_spice.crossplay.session import note, noted, session
 from megatron_spice.curriculum.rows import Run
 from megatron_spice.game.audit.reanswer import grounded_answers
 from megatron_spice.game.play import Table
 from megatron_spice.game.records import Passage, Task
-from megatron_spice.telemetry.json_lines import each_json_line
 
 FOLDER = "audit"
 PARTS = 4
@@ -43,7 +41,7 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     wanted = _sample(run, tasks)
     if not wanted:
         raise ValueError(f"{run.folder} has no task to ask again")
-    there = {(line["begun"], line["slot"]) for line in each_json_line(path)} if path.exists() else set()
+    there = {(line["begun"], line["slot"]) for line in noted(path)}
     items = [(item["slot"], item) for item in wanted if (item["begun"], item["slot"]) not in there]
 
     async def again(table: Table, item: dict[str, Any]) -> None:
@@ -52,8 +50,7 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
         said = await grounded_answers(table, Task(**item["task"]), passage, answers, f"agreement {item['begun']}")
         line = {key: item[key] for key in ("iteration", "begun", "slot", "task", "pass_rate")}
         line |= {"correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        note(path, line)
 
     if items:
         say(f"{reader.name} answers {len(items)} tasks with their passages in view")
@@ -81,7 +78,7 @@ def _sample(run: Run, count: int) -> list[dict[str, Any]]:
 
 def summary(path: Path) -> dict[str, Any]:
     """Agreement, with its interval over tasks, and the pass rate of the same tasks, of the whole run and of its parts."""
-    lines = sorted(each_json_line(path), key=lambda line: (line["iteration"], line["slot"]))
+    lines = sorted(noted(path), key=lambda line: (line["iteration"], line["slot"]))
     cuts = [number * len(lines) // PARTS for number in range(PARTS + 1)]
     parts = [lines[start:end] for start, end in zip(cuts, cuts[1:]) if start < end]
     return {"all": _told(lines), "parts": [_told(part) for part in parts]}

@@ -24,11 +24,10 @@ from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.crossplay.players import Player, served
-from megatron_spice.crossplay.session import session
+from megatron_spice.crossplay.session import note, noted, session
 from megatron_spice.game.play import Table, answer_task, write_tasks
 from megatron_spice.game.records import Passage, Task
 from megatron_spice.rollout.engine import Engine
-from megatron_spice.telemetry.json_lines import read_json_lines
 
 SETTINGS = "match.json"
 
@@ -85,11 +84,11 @@ class Match:
 
     def tasks(self, player: Player) -> list[dict[str, Any]]:
         """What a Challenger has written so far, by slot."""
-        return sorted(_lines(self._folder / f"tasks-{player.name}.jsonl"), key=lambda line: line["slot"])
+        return sorted(noted(self._folder / f"tasks-{player.name}.jsonl"), key=lambda line: line["slot"])
 
     def answers(self, player: Player) -> list[dict[str, Any]]:
         """What a Reasoner has answered so far."""
-        return _lines(self._folder / f"answers-{player.name}.jsonl")
+        return noted(self._folder / f"answers-{player.name}.jsonl")
 
     def _run(self, engine: Engine, tokenizer: TextTokenizer, items: Sequence[Any], work: Callable[..., Any]) -> None:
         asyncio.run(session(self._config, engine, tokenizer, self._seed, items, work))
@@ -117,34 +116,18 @@ class Match:
         answer_type, attempts, _ = await write_tasks(table, passage)
         valid = [attempt for attempt in attempts if attempt.task is not None]
         task = table.random("task").choice(valid).task if valid else None
-        self._note(f"tasks-{player.name}.jsonl", {
+        note(self._folder / f"tasks-{player.name}.jsonl", {
             "slot": table.seeds[2], "passage": passage.index, "document": passage.document, "source": passage.source,
             "answer_type": answer_type, "attempts": len(attempts), "valid": len(valid), "task": task and _plain(task),
         })  # fmt: skip
 
     async def _answer(self, player: Player, table: Table, line: dict[str, Any]) -> None:
         answers = await answer_task(table, Task(**line["task"]), 0)
-        self._note(f"answers-{player.name}.jsonl", {
+        note(self._folder / f"answers-{player.name}.jsonl", {
             "challenger": line["challenger"], "slot": line["slot"], "correct": [answer.verdict.correct for answer in answers],
             "extracted": [answer.verdict.extracted for answer in answers],
         })  # fmt: skip
 
-    def _note(self, name: str, line: dict[str, Any]) -> None:
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
 
 def _plain(task: Task) -> dict[str, str]:
     return {"question": task.question, "gold_answer": task.gold_answer, "answer_type": task.answer_type}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """What an earlier attempt has written; half a line that it left behind is taken away."""
-    if not path.exists():
-        return []
-    found = read_json_lines(path)
-    whole = path.read_bytes().rfind(b"\n") + 1
-    if whole < path.stat().st_size:
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-    return found

@@ -1,16 +1,19 @@
-"""Many small jobs for one engine, as many at a time as the recipe plays passages."""
+"""Many small jobs for one engine, as many at a time as the recipe plays passages, and a file of what came of them."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_spice.config.schema import Config
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.game.play import Table, Wording
 from megatron_spice.game.verify import Verifier
 from megatron_spice.rollout.engine import Engine
+from megatron_spice.telemetry.json_lines import read_json_lines
 
 Item = TypeVar("Item")
 
@@ -49,3 +52,21 @@ async def session(
                 task.cancel()
             await asyncio.gather(watching, *jobs, working, return_exceptions=True)
             await engine.close_requests()
+
+
+def note(path: Path, line: dict[str, Any]) -> None:
+    """Adds what one job has come to."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def noted(path: Path) -> list[dict[str, Any]]:
+    """What earlier jobs have come to; half a line that an interrupted one left behind is taken away."""
+    if not path.exists():
+        return []
+    found = read_json_lines(path)
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+    return found
