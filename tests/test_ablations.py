@@ -228,24 +228,3 @@ def test_checkpoints_and_servers_meet_each_other(played, servers, tiny, capsys):
     said = capsys.readouterr().out
     assert f"early answers {sum(pair['tasks'] for pair in found['pairs']) // 2} tasks" in said and "late answers" not in said
     assert main([*command, *overrides, "game.group_size=3"]) == 2 and "other rules" in capsys.readouterr().err
-
-
-def test_a_reader_with_the_passage_in_view_audits_a_run_afterwards(played, servers, tiny, capsys):
-    from tools.audit import main
-
-    run = tiny / "runs" / "warmup"
-    command = [str(run), "--reader", f"strong={servers[1]}", "--tasks", "4", "--answers", "3"]
-    assert main(command) == 0
-    found = json.loads((run / "audit" / "audit.json").read_text())
-    lines = [json.loads(line) for line in (run / "audit" / "agreement-strong.jsonl").read_text().splitlines()]
-    told = found["agreement with strong"]["all"]
-    assert told["tasks"] == len(lines) == 4 and {len(line["correct"]) for line in lines} == {3}
-    assert told["agreement"] == pytest.approx(sum(sum(line["correct"]) for line in lines) / 12)
-    assert told["low"] <= told["agreement"] <= told["high"]
-    tasks = {(line["begun"], line["slot"]) for line in lines}
-    assert len(tasks) == 4 and {begun for begun, _ in tasks} == {1, 2}, "evenly over the run"
-    written = [attempt for attempt in _attempts(played.episodes["warmup"]) if attempt["valid"]]
-    assert found["tasks"] == len(written) and found["shares"]["exact duplicate"] > 0.5, "this model has one question"
-    capsys.readouterr()
-    assert main(command) == 0 and "answers" not in capsys.readouterr().err, "nothing is asked twice"
-    assert main([str(run), "--reader", str(tiny / "nowhere")]) == 2 and "is not there" in capsys.readouterr().err

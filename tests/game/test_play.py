@@ -442,3 +442,11 @@ def test_a_task_is_answered_again_with_its_passage_in_view_and_only_then(loop, v
     record = episode_record(audited)
     assert sum("grounded_answers" in attempt for attempt in record["attempts"]) == 1
     assert GHANA.text not in engine.calls[before - 1][0]
+
+
+def test_the_majoritys_share_pays_without_regard_to_the_gold_answer(play):
+    for right in (1, 3):
+        episode, _ = play(_script([_texts("vvvv")], lambda question: right), _few_shot(challenger_reward="r_zero_majority"))
+        assert {attempt.reward for attempt in episode.attempts} == {0.5}, "three of four agree, on the gold answer or not"
+    episode, _ = play(_script([_texts("iviv")]), _few_shot(challenger_reward="r_zero_majority"))
+    assert [attempt.reward for attempt in episode.attempts] == [-0.1, 1.0, -0.1, 1.0]

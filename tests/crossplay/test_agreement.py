@@ -1,0 +1,78 @@
+"""A reader's answers to a run's tasks, with a scripted engine and the real verifier: what is asked, of which tasks, and only once."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from curriculum_log import write_run
+from scripted_game import CodePoints, Scripted
+
+from megatron_spice.crossplay import agreement
+from tools import audit
+
+RECIPE = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
+
+
+class Reader(Scripted):
+    """Gives the gold answer where the passage's number is even."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt, call: [" 8" if int(prompt.rsplit("Passage number ", 1)[1][0]) % 2 == 0 else " 9"] * 3)
+
+    def check(self) -> None:
+        pass
+
+    async def close_requests(self) -> None:
+        pass
+
+
+@pytest.fixture
+def reader(monkeypatch) -> Reader:
+    engine = Reader()
+
+    @contextmanager
+    def served(*_):
+        yield engine, CodePoints()
+
+    monkeypatch.setattr(agreement, "served", served)
+    return engine
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    folder = write_run(tmp_path / "run", "?\nAnswer: 8", "How many?", "8", 8)
+    (folder / "recipe.yaml").write_text(RECIPE.read_text() + "\nwarmup: {}\n")
+    text = (folder / "recipe.yaml").read_text().replace("game:\n", "game:\n  no_corpus: false\n")
+    (folder / "recipe.yaml").write_text(text)
+    return folder
+
+
+def test_tasks_are_drawn_evenly_read_with_their_passages_and_not_asked_twice(run, reader, capsys):
+    command = [str(run), "--reader", "strong=http://gpu7:30000", "--tasks", "4", "--answers", "3"]
+    assert audit.main(command) == 0
+    prompts = [prompt for prompt, _, _ in reader.calls]
+    assert sorted(int(prompt.rsplit("Passage number ", 1)[1][0]) for prompt in prompts) == [0, 2, 4, 6]
+    assert all(prompt.endswith("Question: How many?\nAnswer:") for prompt in prompts)
+    found = json.loads((run / "audit" / "audit.json").read_text())
+    told = found["agreement with strong"]["all"]
+    assert (told["tasks"], told["agreement"], told["pass_rate"], told["pass_minus_agreement"]) == (4, 1.0, 0.5, -0.5)
+    assert found["tasks"] == 8 and found["shares"]["exact duplicate"] == 7 / 8 and found["constant_gold"] == 7 / 8
+    assert "answers 4 tasks" in capsys.readouterr().err
+    assert audit.main(command) == 0 and "answers" not in capsys.readouterr().err and len(reader.calls) == 4
+    assert audit.main([*command[:3], "--tasks", "8", "--answers", "3"]) == 0 and len(reader.calls) == 8
+    told = json.loads((run / "audit" / "audit.json").read_text())["agreement with strong"]
+    assert told["all"]["agreement"] == 0.5 and [part["tasks"] for part in told["parts"]] == [2, 2, 2, 2]
+    assert told["all"]["low"] <= 0.5 <= told["all"]["high"]
+
+
+def test_what_cannot_be_read_again_is_named(run, reader, capsys, tmp_path):
+    assert audit.main([str(run), "--reader", str(tmp_path / "nowhere")]) == 2
+    assert "is not there" in capsys.readouterr().err
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("no_corpus: false", "no_corpus: true"))
+    assert audit.main([str(run), "--reader", "strong=http://gpu7:30000"]) == 2
+    assert "without passages" in capsys.readouterr().err and not reader.calls
+    assert audit.main([str(run), "--reader", "strong=http://gpu7:30000", "--tasks", "0"]) == 2
