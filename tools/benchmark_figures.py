@@ -36,8 +36,8 @@ def scaling_figure(
         heights = [each.get(name, 0.0) for each in phases]
         right.bar(places, heights, 0.6, bottom, label=name, color=colour)
         bottom = [low + high for low, high in zip(bottom, heights)]
-    right.set(title="Seconds by phase", xlabel=unit, ylabel="seconds")
-    right.legend(fontsize=8, ncols=2)
+    right.set(title="Seconds by phase", xlabel=unit, ylabel="seconds", ylim=(0, 1.2 * max(bottom)))
+    right.legend(fontsize=8, ncols=4, loc="upper center")
     for axes in (left, right):
         axes.set_xticks(list(places), [str(count) for count in counts])
         axes.spines[["top", "right"]].set_visible(False)

@@ -57,3 +57,12 @@ def test_two_ranks_play_train_and_save(tmp_path):
         assert row["phases"]["play"] >= row["expected"]["play"] and row["phases"]["train"] >= row["expected"]["train"]
         assert row["processor_seconds"] > 0 and row["predicted_seconds"] > row["expected_seconds"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_committed_results_scale_and_are_predicted():
+    report = json.loads((ROOT / "docs" / "results" / "scaling-cpu" / "scaling.json").read_text())
+    rows = scaling_benchmark.summary(report["results"])
+    assert rows[0]["ranks"] == 1 and len(rows) > 3
+    for row in rows:
+        assert row["efficiency"] >= 0.95, f"{row['ranks']} ranks"
+        assert abs(row["predicted_seconds"] / row["seconds"] - 1) < 0.15
