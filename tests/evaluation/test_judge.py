@@ -130,3 +130,20 @@ def test_two_evaluations_do_not_share_a_log(tmp_path):
     TaskLog(tmp_path / "log.jsonl", {"task": "x"}).close()
     with pytest.raises(ValueError, match="task was 'x', is 'y'"):
         TaskLog(tmp_path / "log.jsonl", {"task": "y"})
+
+
+def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = TaskLog(path, {"task": "x"})
+    log.add({"id": "1", "answers": []})
+    log.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"id": "2", "ans')
+    log = TaskLog(path, {"task": "x"})
+    assert list(log.done) == ["1"]
+    log.add({"id": "2", "answers": []})
+    log.close()
+    assert path.read_bytes() == whole + b'{"id": "2", "answers": []}\n'
+    path.write_bytes(whole + b"{}\n")
+    with pytest.raises(ValueError, match="log.jsonl:3 is not a line of such a log"):
+        TaskLog(path, {"task": "x"})
