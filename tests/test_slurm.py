@@ -27,7 +27,7 @@ from megatron_spice.telemetry import rank_logs
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 5
-pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recip
 
 
 def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm: Cluster, recipe: Path, run_dir: Path) -> None:
-    job = Job(slurm, recipe, run_dir, *SETTINGS, "policy.pipeline_parallel_size=1", "checkpoint.every=1", "cluster.timeout=30")
+    job = Job(slurm, recipe, run_dir, *SETTINGS, "policy.pipeline_parallel_size=1", "checkpoint.every=1", "cluster.timeout=40")
     further(job)
     signal_rank(job, 0, signal.SIGKILL)
     job.sleep_until(lambda: job.restarts() == 1)
