@@ -148,7 +148,7 @@ def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recip
     assert not ranks(run_dir), "something outlived the jobs"
     logs = rank_logs.read(run_dir)
     assert [(log.rank, log.host, log.state) for log in logs] == [(0, "n1", "ended"), (1, "n1", "ended"), (2, "n2", "ended"), (3, "n2", "ended")]
-    assert min(log.attempts for log in logs) == 8
+    assert min(log.attempts for log in logs) >= 8
 
 
 def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm: Cluster, recipe: Path, run_dir: Path) -> None:
