@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Layer stacks by name: one of SmolLM2's size whose heads two ranks can share, SmolLM2 135M, Llama-3.2 1B and 3B, Llama-3.1 8B; random weights.
+# Layer stacks by name: one of SmolLM2's size whose heads two ranks can share, SmolLM2 135M, Llama-3.2 1B and 3B, Llama-3.1 8B,
+# Qwen3 0.6B and 8B; random weights.
 STACKS = {
     "small": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8},
     "135m": {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9},
     "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
     "3b": {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24},
     "8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
+    "qwen3-0.6b": {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16},
+    "qwen3-8b": {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32},
 }
 THEIR_BATCHES = (4, 8, 16, 32)
 
@@ -51,7 +54,7 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
 
     stack = job["model"] in STACKS
     if stack:
-        architecture = ModelArchitecture.from_config(_stack(job["model"], job["layers"]), job["model"])
+        architecture = ModelArchitecture.from_config(stack_config(job["model"], job["layers"]), job["model"])
     else:
         architecture = read_architecture(Path(job["model"]))
     trajectories = make_trajectories(job, architecture.vocab_size)
@@ -75,6 +78,10 @@ def _measure(job: dict[str, Any], here: Any) -> dict[str, Any]:
             took, norm = _timed(step, policy.device)
             seconds[name].append(took)
             norms.setdefault(name, norm)
+    if job["profile"] and here.is_first:
+        _profile(contestants["ours"], policy.device, Path(job["profile"]))
+    elif job["profile"]:
+        contestants["ours"]()
     [rows] = plan_rows(trajectories, job["row_tokens"], 1, job["shared"])
     computed = sum(map(num_tokens, rows))
     ours = statistics.median(seconds["ours"])
@@ -120,11 +127,19 @@ def _config(job: dict[str, Any]) -> Any:
     })  # fmt: skip
 
 
-def _stack(name: str, layers: int | None) -> dict[str, Any]:
-    small = name in ("small", "135m")
+def stack_config(name: str, layers: int | None) -> dict[str, Any]:
+    """Hugging Face's config.json of a stack, cut to so many layers."""
     shape = dict(STACKS[name], num_hidden_layers=layers or STACKS[name]["num_hidden_layers"])
+    if name.startswith("qwen3"):
+        return {
+            "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 8, "head_dim": 128,
+            "vocab_size": 151936, "tie_word_embeddings": name == "qwen3-0.6b", "max_position_embeddings": 40960,
+            "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "attention_bias": False, "hidden_act": "silu", **shape,
+        }  # fmt: skip
+    small = name in ("small", "135m")
     return {
-        "model_type": "llama", "num_key_value_heads": {"small": 4, "135m": 3}.get(name, 8), "head_dim": 128 if name in ("3b", "8b") else 64,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 128 if name in ("3b", "8b") else 64,
+        "num_key_value_heads": {"small": 4, "135m": 3}.get(name, 8),
         "vocab_size": 49152 if small else 128256, "tie_word_embeddings": small, "max_position_embeddings": 131072,
         "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **shape,
     }  # fmt: skip
@@ -139,6 +154,20 @@ def _timed(step: Callable[[], float], device: Any) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
+
+
+def _profile(step: Callable[[], float], device: Any, report: Path) -> None:
+    """Runs one more update under torch's profiler and adds a table of the kernels that took longest to the report."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_device = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]) as profiler:
+        _timed(step, device)
+    order = "self_device_time_total" if on_device else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with report.open("a", encoding="utf-8") as file:
+        file.write(f"{table}\n")
 
 
 def _unshared(job: dict[str, Any], policy: Any, architecture: Any, here: Any) -> Any:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", choices=["transformers", "unshared"],
         help="alternate with a plain transformers update (one rank), or with ours computing every prompt for every completion",
     )
+    parser.add_argument("--profile", metavar="FILE", help="add a table of what one more update's time went into to this file")
     parser.add_argument("--no-warm-up", action="store_true", help="time the first updates too, where one takes minutes")
 
 
@@ -75,7 +76,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "warm_up": not options.no_warm_up, "prompts": options.prompt, "title": f"{layout.strip()} {precision}",
                 "threads": options.threads or max(1, machine.usable_cores() // ranks),
                 **{key: getattr(options, key) for key in (
-                    "model", "layers", "groups", "group_size", "completion", "steps", "seed", "against",
+                    "model", "layers", "groups", "group_size", "completion", "steps", "seed", "against", "profile",
                 )},
             })  # fmt: skip
     return found

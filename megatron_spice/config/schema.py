@@ -7,7 +7,7 @@ against the context length) is in `checks.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -146,6 +146,11 @@ class RolloutConfig(Room):
         None, description="Largest mean absolute difference verify_sync accepts; None: by precision (weights/sync.py)."
     )
     drift_alarm: PositiveFloat = Field(0.2, description="Warn when mean |engine - policy| log-prob passes this.")
+    server: dict[str, Any] = Field(
+        {},
+        description="More of SGLang's own server settings for colocated engines, by their names there: `{attention_backend: "
+        "triton}`.",
+    )
     start_timeout: PositiveFloat = Field(300.0, description="Seconds an engine may take to come up.")
     request_timeout: PositiveFloat = Field(600.0, description="Seconds one request may take.")
     hang_timeout: PositiveFloat = Field(

@@ -3,8 +3,8 @@
 The engine's HTTP request carries only a pickle of a *handle* of one uint8 tensor (shared memory on a CPU, CUDA IPC on an
 accelerator), under a name that says where in it which tensor lies; `bucket_loader.py` reads it in the engine.
 
-Tensors start at multiples of 16 bytes, so that a mixture of types can be viewed in place. Tensors that lie in shared memory
-already, one beside the other as the gatherer leaves them in a `Parcel`, are sent from where they are.
+Tensors start at multiples of 16 bytes, so that a mixture of types can be viewed in place. Tensors that lie in memory that can
+be shared already, one beside the other as the gatherer leaves them (on a CPU in a `Parcel`), are sent from where they are.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def flatten(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
 
 
 def _in_place(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket | None:
-    """The same for tensors of one shared block, without a copy; None if they are not."""
+    """The same for tensors of one block that can be shared, as any can on an accelerator, without a copy; None if they are not."""
     block = named_tensors[0][1].untyped_storage()
-    if block.device.type != "cpu" or not block.is_shared():
+    on_host = block.device.type == "cpu"
+    if on_host and not block.is_shared():
         return None
     begin, size = block.data_ptr(), block.nbytes()
     places, last = [], 0
@@ -118,7 +119,8 @@ def _in_place(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket | Non
             return None
         places.append(Place(name, tensor.dtype, tuple(tensor.shape), start, end))
         last = max(last, end)
-    return Bucket(torch.empty(0, dtype=torch.uint8).set_(block)[:last], tuple(places), lasting=True)
+    flat = torch.empty(0, dtype=torch.uint8, device=block.device).set_(block)[:last]
+    return Bucket(flat, tuple(places), lasting=on_host)
 
 
 def _share(flat: torch.Tensor) -> torch.Tensor:

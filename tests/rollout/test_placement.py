@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.rollout.placement import cpu_binding, hosted_engine, remote_engines, server_settings, threads_per_rank
 
@@ -36,6 +37,14 @@ def test_an_engine_listens_on_loopback_only_and_gets_no_weights_from_disk() -> N
         server = settings(device)["server"]
         assert server["host"] == "127.0.0.1" and server["load_format"] == "dummy" and server["dtype"] == "bfloat16"
         assert "api_key" not in server  # other users of the machine can read a command line
+
+
+def test_more_of_the_servers_settings_can_be_given_but_not_those_that_others_rely_on() -> None:
+    for device in ("cpu", "cuda"):
+        assert settings(device, server={"schedule_policy": "fcfs"})["server"]["schedule_policy"] == "fcfs"
+        for name in ("port", "load_format", "api_key"):
+            with pytest.raises(ConfigError, match=f"rollout.server.{name}=1 is set by this program"):
+                settings(device, server={name: 1})
 
 
 def test_an_engine_samples_by_seeds_only_if_asked() -> None:
