@@ -10,15 +10,18 @@ are carried from tile to tile, rescaled when a larger logit turns up. Backward c
 saved normaliser, at the price of a second product. Tiles run over the vocabulary and not over positions, because then the
 gradient of some rows of W is one matrix product, written once: no float32 copy of the whole matrix is ever needed.
 
-On CPU a tile is worked on in pieces that stay in a core's cache between the passes over them.
+On CPU a tile is worked on in pieces that stay in a core's cache between the passes over them; on CUDA by kernels that pass over
+it once or twice (`logprob_kernels.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+
+from megatron_spice.policy import logprob_kernels
 
 # A piece on CPU: so many logits (4 MiB of float32), but never fewer rows than matrix products want.
 PIECE_LOGITS, PIECE_ROWS = 2**20, 256
@@ -32,6 +35,12 @@ class _TokenLogprobs(torch.autograd.Function):
         zeros_n = torch.zeros(len(labels_n), dtype=torch.float32, device=hidden_nh.device)
         peak_n, total_n, weighted_n, picked_n = zeros_n - torch.inf, zeros_n, zeros_n, zeros_n
         for start, stop in _cut(0, real_rows, _piece(tile, hidden_nh)):
+            if hidden_nh.is_cuda:
+                state = (peak_n, total_n, weighted_n, picked_n)
+                peak_n, total_n, weighted_n, picked_n = _add_tile(
+                    state, hidden_nh @ weight_vh[start:stop].t(), temperature, *_local_labels(labels_n, start, stop)
+                )
+                continue
             logits = _logits(hidden_nh, weight_vh[start:stop], temperature)
             inside_n1, local_n1 = _local_labels(labels_n, start, stop)
             picked_n = picked_n + torch.where(inside_n1, logits.gather(-1, local_n1), 0.0)[:, 0]
@@ -61,6 +70,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight_vh = torch.empty_like(weight_vh)
         grad_weight_vh[real_rows:] = 0
         for first, last in _cut(0, real_rows, tile):
+            if hidden_nh.is_cuda:
+                product = hidden_nh @ weight_vh[first:last].t()
+                grad_tile = _slopes(product, temperature, labels_n - first, normaliser_n, grad_n, entropy_n, grad_entropy_n)
+                torch.mm(grad_tile.t(), hidden_nh, out=grad_weight_vh[first:last])
+                _add_product(grad_hidden_nh, grad_tile, weight_vh[first:last], exactly=tile < real_rows)
+                continue
             grad_tile = hidden_nh.new_empty(len(hidden_nh), last - first)
             for start, stop in _cut(first, last, _piece(tile, hidden_nh)):
                 logprobs = _logits(hidden_nh, weight_vh[start:stop], temperature).sub_(normaliser_n[:, None])
@@ -77,6 +92,40 @@ class _TokenLogprobs(torch.autograd.Function):
             _add_product(grad_hidden_nh, grad_tile, weight_vh[first:last], exactly=tile < real_rows)
         grad_hidden_nh = _reduce(grad_hidden_nh.to(hidden_nh.dtype), dist.ReduceOp.SUM, group)
         return grad_hidden_nh, grad_weight_vh, None, None, None, None, None, None
+
+
+def _add_tile(
+    state: tuple[torch.Tensor, ...],
+    product: torch.Tensor,
+    temperature: float,
+    inside_n1: torch.Tensor,
+    local_n1: torch.Tensor,
+    sums: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The softmax's running peak, sum, weighted sum and the labels' logits, with one more tile. `sums`: what to call in the place
+    of the compiled kernel."""
+    peak_n, total_n, weighted_n, picked_n = state
+    top_n, sum_n, product_n = (sums or logprob_kernels.compiled(logprob_kernels.sums))(product, temperature)
+    higher_n = torch.maximum(peak_n, top_n)
+    before_n, here_n = (peak_n - higher_n).exp(), (top_n - higher_n).exp()
+    picked_n = picked_n + torch.where(inside_n1, product.gather(-1, local_n1).float() / temperature, 0.0)[:, 0]
+    return higher_n, total_n * before_n + sum_n * here_n, weighted_n * before_n + product_n * here_n, picked_n
+
+
+def _slopes(
+    product: torch.Tensor,
+    temperature: float,
+    local_n: torch.Tensor,
+    normaliser_n: torch.Tensor,
+    grad_n: torch.Tensor,
+    entropy_n: torch.Tensor | None,
+    grad_entropy_n: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a tile of products, by a compiled kernel."""
+    given = (product, temperature, normaliser_n, local_n, grad_n)
+    if entropy_n is None:
+        return logprob_kernels.compiled(logprob_kernels.slopes)(*given)
+    return logprob_kernels.compiled(logprob_kernels.slopes_with_entropy)(*given, entropy_n, grad_entropy_n)
 
 
 def token_logprobs(

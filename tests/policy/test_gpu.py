@@ -70,6 +70,25 @@ def test_flex_attention_is_attention_for_rows_of_any_length():
             assert relative(found.grad, reference.grad) < 1e-2
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_tiles_of_logits_give_the_gradients_of_the_whole(with_entropy):
+    from megatron_spice.policy.logprobs import token_logprobs
+
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16) * 0.3 for rows in (700, 3000))
+    labels = torch.randint(0, 3000, (700,), device="cuda")
+    slope, slope_of_entropy = torch.randn(2, 700, device="cuda", dtype=torch.float64)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    wanted = (exact[0] @ exact[1].t() / 0.8).log_softmax(-1)
+    chosen, entropy = wanted.gather(1, labels[:, None])[:, 0], -(wanted.exp() * wanted).sum(-1)
+    (chosen @ slope + (entropy @ slope_of_entropy if with_entropy else 0)).backward()
+    ours = [tensor.requires_grad_() for tensor in (hidden, weight)]
+    found, found_entropy = token_logprobs(*ours, labels, temperature=0.8, chunk=256, with_entropy_grad=with_entropy)
+    (found @ slope.float() + (found_entropy @ slope_of_entropy.float() if with_entropy else 0)).backward()
+    assert relative(found, chosen) < 1e-2 and relative(found_entropy, entropy) < 1e-2
+    assert all(relative(mine.grad, theirs.grad) < 2e-2 for mine, theirs in zip(ours, exact))
+
+
 def test_log_probabilities_are_transformers(model, learnt):
     import_transformers()
     from transformers import AutoModelForCausalLM

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_spice.policy import logprob_kernels, logprobs
 from megatron_spice.policy.logprobs import token_logprobs
 
 HIDDEN, VOCAB, PADDED = 8, 11, 16
@@ -159,3 +160,30 @@ def test_split_over_ranks():
                 expected = _reference(*_inputs(n, vocab, padded), 0.7, vocab, with_entropy_grad)
                 expected[3] = expected[3][rank * padded // 2 : (rank + 1) * padded // 2]
                 _check(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_what_a_gpu_computes_of_tiles_is_the_softmax_of_all_of_them(with_entropy):
+    """The functions that are compiled for CUDA, tile by tile, against autograd over the whole vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight, labels, temperature = torch.randn(37, 16) * 2, torch.randn(500, 16), torch.randint(0, 500, (37,)), 0.7
+    slope, slope_of_entropy = torch.randn(37), torch.randn(37)
+    state = (torch.full((37,), -torch.inf), *torch.zeros(3, 37))
+    for start in range(0, 500, 128):
+        product = hidden @ weight[start : start + 128].t()
+        inside, local = logprobs._local_labels(labels, start, min(start + 128, 500))
+        state = logprobs._add_tile(state, product, temperature, inside, local, sums=logprob_kernels.sums)
+    peak, total, weighted, picked = state
+    normaliser = peak + total.log()
+    product = (hidden @ weight.t()).requires_grad_()
+    wanted = (product / temperature).log_softmax(-1)
+    chosen, entropy = wanted.gather(1, labels[:, None])[:, 0], -(wanted.exp() * wanted).sum(-1)
+    assert torch.allclose(picked - normaliser, chosen, atol=1e-4)
+    assert torch.allclose(normaliser - weighted / total, entropy, atol=1e-4)
+    (chosen @ slope + (entropy @ slope_of_entropy if with_entropy else 0)).backward()
+    given = (product.detach(), temperature, normaliser, labels, slope)
+    if with_entropy:
+        found = logprob_kernels.slopes_with_entropy(*given, entropy.detach(), slope_of_entropy)
+    else:
+        found = logprob_kernels.slopes(*given)
+    assert torch.allclose(found, product.grad, atol=1e-5)
