@@ -10,7 +10,7 @@
 #   SPICE_VENV         another place than .venv
 #   SPICE_TORCH_INDEX  package index with CPU builds of torch; without one PyPI's CUDA build (several GB) also works
 #
-# The CPU branch is what the tests run on. The CUDA branch resolves, but its author had no GPU to run it on.
+# The CPU branch is what the tests run on. The CUDA branch resolves, but has not been run on a machine with a GPU.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -116,6 +116,9 @@ install_cuda() {
   # Transformer Engine's torch extension is built against the torch in .venv, so that one has to be there before it.
   pip install --quiet "torch==$torch_version" setuptools wheel ninja pybind11
   pip install --quiet --no-build-isolation --requirement "$requirements/cuda.txt"
+  # Transformer Engine's library wants a function that cuBLAS has since 13.2, and torch asks for 13.1: without it the import
+  # fails with an undefined symbol. (pip says that the two do not go together; the library's interface only grew.)
+  pip install --quiet --no-deps nvidia-cublas==13.2.2.2
 }
 
 started=$SECONDS

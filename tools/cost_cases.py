@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from benchmark_options import columns  # noqa: E402
-from policy_benchmark import _stack, make_trajectories  # noqa: E402
+from policy_benchmark import make_trajectories, stack_config  # noqa: E402
 
 from megatron_spice.config.hf import ModelArchitecture, read_architecture  # noqa: E402
 from megatron_spice.config.layout import ParallelLayout  # noqa: E402
@@ -59,7 +59,7 @@ class Case:
 def architecture_of(job: Mapping[str, Any], shapes: Mapping[str, ModelArchitecture]) -> ModelArchitecture:
     """A stack's, or that of a Hugging Face folder's name among `shapes`."""
     name = Path(job["model"]).name
-    return shapes[name] if name in shapes else ModelArchitecture.from_config(_stack(job["model"], job["layers"]), job["model"])
+    return shapes[name] if name in shapes else ModelArchitecture.from_config(stack_config(job["model"], job["layers"]), job["model"])
 
 
 def update_case(job: Mapping[str, Any], seconds: Sequence[float], architecture: ModelArchitecture) -> Case:

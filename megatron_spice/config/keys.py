@@ -82,7 +82,8 @@ def _type_in_words(annotation: Any, limits: list[Any]) -> str:
         return _type_in_words(arguments[0], _flatten(arguments[1:]) + limits)
     if origin in (typing.Union, types.UnionType):
         inner = [part for part in arguments if part is not type(None)]
-        return " or ".join([*(_type_in_words(part, limits) for part in inner), "null"])
+        nothing = ["null"] if len(inner) < len(arguments) else []
+        return " or ".join([*(_type_in_words(part, limits) for part in inner), *nothing])
     if origin is list:
         least = "a non-empty list" if any(isinstance(limit, MinLen) for limit in limits) else "a list"
         return f"{least} of: " + _type_in_words(arguments[0], []).removeprefix("one of ")

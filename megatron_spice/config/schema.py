@@ -7,7 +7,7 @@ against the context length) is in `checks.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -146,7 +146,7 @@ class RolloutConfig(Room):
         None, description="Largest mean absolute difference verify_sync accepts; None: by precision (weights/sync.py)."
     )
     drift_alarm: PositiveFloat = Field(0.2, description="Warn when mean |engine - policy| log-prob passes this.")
-    server: dict[str, Any] = Field(
+    server: dict[str, bool | int | float | str] = Field(
         {},
         description="More of SGLang's own server settings for colocated engines, by their names there: `{attention_backend: "
         "triton}`.",
