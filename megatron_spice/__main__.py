@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -119,20 +120,20 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(too_much, options.recipe)
     # A torchrun that is killed cannot end its ranks; the kernel does it, and each rank's engines follow the same way.
     die_with_parent(os.getppid())
-    code: object = 0
     try:
         with RankLog(config.run.dir, int(os.environ.get("RANK", "0")), int(world_size), interrupted_code=INTERRUPTED):
             from megatron_spice.train import train
 
             train(config)
     except SystemExit as end:
-        code = end.code
-    _leave(code if isinstance(code, int) else 1)
+        _leave(end.code if isinstance(end.code, int) else 1)  # in here, where `end` keeps what the run was made of
+    _leave(0)
 
 
 def _leave(code: int) -> NoReturn:
     """Ends a rank whose work is done and told, without taking torch apart: its connections say goodbye to ranks and to a store that
-    may have gone first, and abort the process (SIGABRT, "Broken pipe") when nobody listens."""
+    may have gone first, and abort the process (SIGABRT, "Broken pipe") when nobody listens. Nothing may be collected either."""
+    gc.disable()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
