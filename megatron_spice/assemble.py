@@ -129,7 +129,7 @@ def assemble(
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files)
-    resume = checkpointer.newest()
+    resume = _agreed(checkpointer.newest())
     sampler, baselines, carried, done = _passages(
         config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
     )
@@ -142,7 +142,8 @@ def assemble(
         # as theirs what the policy is about to take.
         pool.launch()
     policy = Policy(config, read_architecture(config.policy.model), topology)
-    stack.callback(policy.close)
+    # On an accelerator a rank that fails leaves its groups as they are (`cluster.distributed.process_group`).
+    stack.push(lambda kind, *_: policy.close() if kind is None or topology.device == "cpu" else None)
     stack.callback(checkpointer.close)
     compares = config.policy.kl_coefficient is not None
     if not resume or compares:
@@ -222,6 +223,13 @@ def _passages(
     return sampler, baselines, carried, state["iteration"]
 
 
+def _agreed(resume: Path | None) -> Path | None:
+    """The first rank's word on where to go on: on a shared file system a node may see a folder as it was a while ago."""
+    word = [resume]
+    dist.broadcast_object_list(word, 0)
+    return word[0]
+
+
 def _make_sampler(config: Config, corpus: Corpus, stack: ExitStack) -> PassageSampler | DaliSampler:
     if config.corpus.loader == "mmap":
         return PassageSampler(corpus, config.train.seed, config.corpus.weights)
@@ -242,7 +250,7 @@ def _make_pool(
     rollout = config.rollout.model_copy(update={"seed": seed % 2**31})
     if rollout.engines:
         engines = _remote_engines(config, topology)
-        numbers = [rollout.engines.index(engine.url) for engine in engines]
+        numbers = [[url.rstrip("/") for url in rollout.engines].index(engine.url) for engine in engines]
     else:
         engines, numbers = [], []
         number = hosted_engine(topology.local_rank, topology.local_world_size, rollout.engines_per_node)

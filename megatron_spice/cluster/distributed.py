@@ -31,6 +31,10 @@ def process_group(topology: Topology, timeout: float) -> Iterator[dist.Store]:
     store = dist.distributed_c10d._get_default_store()
     try:
         yield dist.PrefixStore("spice", store)
-    finally:
-        # A rank that fails must not wait for the others: torchrun ends them. Destroying is local under gloo.
-        dist.destroy_process_group()
+    except BaseException:
+        # A rank that fails must not wait for the others: torchrun ends them. Destroying is local under gloo; NCCL's waits for
+        # ranks that do not come, and nobody would hear what has failed.
+        if topology.device == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

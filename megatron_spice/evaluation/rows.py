@@ -7,6 +7,7 @@ every one. Benchmarks are small: a file is read whole.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def _json(file: Path) -> list[Row]:
     try:
         found = json.loads(text)
     except ValueError:
-        return [_row(line, f"{file}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_row(line, f"{file}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         found = lists[0] if len(lists) == 1 else [found]
@@ -106,7 +107,7 @@ def _row(line: str, where: str) -> Row:
 
 def _csv(file: Path) -> list[Row]:
     csv.field_size_limit(1 << 27)
-    return list(csv.DictReader(_text(file).splitlines(keepends=True)))
+    return list(csv.DictReader(io.StringIO(_text(file), newline="")))
 
 
 def _parquet(file: Path) -> list[Row]:

@@ -42,7 +42,7 @@ _NAMES = re.compile(
 _SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|\u221a\s*(?:\(([^()]*)\)|([0-9A-Za-z]+))")
 _LONG_POWER = re.compile(r"([\^_])(-?[0-9]{2,}|-[0-9A-Za-z])")
 _UNIT = re.compile(
-    r"(?:(?:\\?\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\u00b0)(?:\^\{?[0-9]\}?)?\s*)+\Z"
+    r"(?:(?:\\?\s*\\(?:text|mathrm|mbox)\s*\{(?:[^{}0-9,]|\^[0-9])*\}|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\u00b0)(?:\^\{?[0-9]\}?)?\s*)+\Z"
 )
 _SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?![\w.])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)")

@@ -69,11 +69,16 @@ def letter_of(text: str, question: str = "", gold: str = "") -> str | None:
     for _ in range(2):  # as in `The answer is option B`
         named = _NAMED.fullmatch(text)
         text = named.group(1).strip("*`'\" ") if named else text
-    match = _BARE.fullmatch(text) or _WITH_TEXT.fullmatch(text)
-    if match:
-        letter = next(filter(None, match.groups())).upper()
+    # An option's own text may begin as a letter does (`E. coli`), or be one (the variable `x`).
+    spelled = next((letter for letter, option in options.items() if normalise(option) == normalise(text)), None)
+    if (match := _BARE.fullmatch(text)) and match[1].upper() <= last:
+        return match[1].upper()
+    if spelled is not None:
+        return spelled
+    if match := _WITH_TEXT.fullmatch(text):
+        letter = match[1] or match[2]
         return letter if letter <= last else None
     match = _BEFORE_TEXT.fullmatch(text)
     if match and match[1] in options and normalise(match[2]).strip("()") == normalise(options[match[1]]):
         return match[1]
-    return next((letter for letter, option in options.items() if normalise(option) == normalise(text)), None)
+    return None

@@ -121,6 +121,15 @@ def test_every_kind_of_file(tmp_path):
         assert read_rows(file) == rows, file.name
 
 
+def test_separators_of_unicode_are_part_of_a_text(tmp_path):
+    question = "one\u2028two\u0085three\x0bfour"
+    row = {"question": question, "answer": "4"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text(f"question,answer\n{question},4\n", encoding="utf-8")
+    assert [found["question"] for found in read_rows(tmp_path / "a.jsonl")] == [question, question]
+    assert read_rows(tmp_path / "b.csv") == [row]
+
+
 def test_folders_and_their_splits(tmp_path):
     def lines(folder: str, name: str, answer: str) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
