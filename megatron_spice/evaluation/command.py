@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from megatron_spice import __version__
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import RolloutConfig, VerifierConfig
+from megatron_spice.convert.stamp import stamp
 from megatron_spice.evaluation import model as models
 from megatron_spice.evaluation import sources, table
 from megatron_spice.evaluation.endpoint import Endpoint
@@ -105,15 +106,24 @@ class Plan:
         for benchmark in find_all(options.tasks):
             items = sources.load(sources.request_for(benchmark, options.data, options.map), options.split, options.limit)
             self.tasks.append((_asked(benchmark, options), items))
+        self.weights = ""
         if not models.is_url(self.source):
             models.check(Path(self.source), options.hf)
+            self.weights = stamp(Path(self.source))
+
+    @property
+    def exported(self) -> Path:
+        """Where the source's Hugging Face form is made. Each source has its own, so that what an interrupted evaluation of one
+        left behind is not served as another."""
+        key = json.dumps([self.source, self.weights, self.options.hf and str(self.options.hf.resolve())])
+        return self.folder / f"exported-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @property
     def about(self) -> dict[str, Any]:
         """What decides the answers, but for the task: the first line of each log."""
         judge = None if not self.options.judge else {"url": self.options.judge, "model": self.options.judge_model}
         return {
-            "model": self.source, "weights": _stamp(self.source), "style": self.style, "max_tokens": self.max_tokens, "judge": judge,
+            "model": self.source, "weights": self.weights, "style": self.style, "max_tokens": self.max_tokens, "judge": judge,
             "version": __version__,
         }  # fmt: skip
 
@@ -150,18 +160,9 @@ def _asked(benchmark: Benchmark, options: argparse.Namespace) -> Benchmark:
 
 
 def name_of(source: str) -> str:
-    """A folder's name for a model: the last two parts of its path, or its address."""
-    parts = [part for part in source.split("://")[-1].replace(":", "-").split("/") if part not in ("", "v1")]
+    """A folder's name for a model: the last two parts of its path, but for a run's `checkpoints`, or its address."""
+    parts = [part for part in source.split("://")[-1].replace(":", "-").split("/") if part not in ("", "v1", "checkpoints")]
     return "-".join(parts[-2:])
-
-
-def _stamp(source: str) -> str:
-    """Changes when the files of a checkpoint do: names, sizes and times of the largest ones; "" for a server."""
-    if models.is_url(source):
-        return ""
-    files = [path for path in Path(source).rglob("*") if path.is_file()]
-    listed = sorted((str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 async def evaluate(plan: Plan) -> list[Result]:
@@ -183,7 +184,7 @@ async def evaluate(plan: Plan) -> list[Result]:
     finally:
         for log in logs:
             log.close()
-    models.discard(plan.folder / "exported")
+    models.discard(plan.exported)
     table.write(plan.folder, plan.about, results)
     return results
 
@@ -205,7 +206,7 @@ async def _model(plan: Plan) -> AsyncIterator[models.Model]:
         key = os.environ.get(KEY_VARIABLE, "")
         opened = models.open_endpoint(plan.source, key, options.served_name, plan.style, options.tokenizer, plan.engine.request_timeout)
     else:
-        folder = models.export(Path(plan.source), options.hf, plan.folder / "exported")
+        folder = models.export(Path(plan.source), options.hf, plan.exported)
         opened = models.serve(folder, plan.style, plan.engine, plan.folder / "engine.log")
     async with opened as model:
         yield model
