@@ -83,7 +83,8 @@ def _colocated(config: Config, topology: Topology, numbers: Sequence[int], model
 
 
 def _initial_model(config: Config, topology: Topology) -> Path:
-    """The Hugging Face folder of `policy.model`, written into the run's folder if it is a Megatron checkpoint."""
+    """The Hugging Face folder of `policy.model`, written into the run's folder if it is a Megatron checkpoint,
+    and written anew if what is there was made of another."""
     model, folder = config.policy.model, config.run.dir / INITIAL
     if not store.is_megatron(model):
         return model

@@ -29,7 +29,8 @@ PARTS = 4
 def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Lets `reader` answer up to `tasks` of the run's tasks with their passages in view, `answers` times each.
 
-    Lines go to the run's `audit/agreement-NAME.jsonl`, and are not asked for again. Returns the summary.
+    Lines go to the run's `audit/agreement-NAME.jsonl` with the reader's identity, and are not asked for again; those of
+    another reader of this name do not count. Returns the summary.
 
     Raises:
         ValueError: there is nothing to ask: no task, or tasks were written without passages.
@@ -41,7 +42,8 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     wanted = _sample(run, tasks)
     if not wanted:
         raise ValueError(f"{run.folder} has no task to ask again")
-    there = {(line["begun"], line["slot"]) for line in noted(path)}
+    identity = reader.identity
+    there = {(line["begun"], line["slot"]) for line in _of(path, identity)}
     items = [(item["slot"], item) for item in wanted if (item["begun"], item["slot"]) not in there]
 
     async def again(table: Table, item: dict[str, Any]) -> None:
@@ -49,14 +51,18 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
         passage = Passage(found["index"], found["document"], found["source"], (), found["text"])
         said = await grounded_answers(table, Task(**item["task"]), passage, answers, f"agreement {item['begun']}")
         line = {key: item[key] for key in ("iteration", "begun", "slot", "task", "pass_rate")}
-        line |= {"correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
+        line |= {"reader": identity, "correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
         note(path, line)
 
     if items:
         say(f"{reader.name} answers {len(items)} tasks with their passages in view")
         with served(reader, config, run.folder / FOLDER, device) as (engine, tokenizer):
             asyncio.run(session(config, engine, tokenizer, 0, items, again))
-    return summary(path)
+    return summary(_of(path, identity))
+
+
+def _of(path: Path, reader: str) -> list[dict[str, Any]]:
+    return [line for line in noted(path) if line.get("reader") == reader]
 
 
 def _sample(run: Run, count: int) -> list[dict[str, Any]]:
@@ -76,9 +82,9 @@ def _sample(run: Run, count: int) -> list[dict[str, Any]]:
     return found
 
 
-def summary(path: Path) -> dict[str, Any]:
+def summary(noted_lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Agreement, with its interval over tasks, and the pass rate of the same tasks, of the whole run and of its parts."""
-    lines = sorted(noted(path), key=lambda line: (line["iteration"], line["slot"]))
+    lines = sorted(noted_lines, key=lambda line: (line["iteration"], line["slot"]))
     cuts = [number * len(lines) // PARTS for number in range(PARTS + 1)]
     parts = [lines[start:end] for start, end in zip(cuts, cuts[1:]) if start < end]
     return {"all": _told(lines), "parts": [_told(part) for part in parts]}

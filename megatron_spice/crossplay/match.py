@@ -2,6 +2,7 @@
 
     tasks-NAME.jsonl      one line a passage: the task that this Challenger wrote, null where none of its attempts was valid
     answers-NAME.jsonl    one line a Challenger and passage: which of this Reasoner's answers were right
+    models.json           which model each NAME is
 
 Each Challenger writes its tasks once, so that Reasoners meet the same ones; each model is started once for each part it plays,
 one after the other. Lines are written as they come and not asked for again: a match that was interrupted goes on. The paper
@@ -30,6 +31,7 @@ from megatron_spice.game.records import Passage, Task
 from megatron_spice.rollout.engine import Engine
 
 SETTINGS = "match.json"
+NAMES = "models.json"
 
 
 class Match:
@@ -60,7 +62,13 @@ class Match:
         path.write_text(json.dumps(rules, indent=1))
 
     def play(self, challengers: Sequence[Player], reasoners: Sequence[Player], say: Callable[[str], None]) -> None:
-        """Plays what is missing."""
+        """Plays what is missing.
+
+        Raises:
+            ValueError: a name stood for another model when a part of this match was played.
+            EngineError, ConfigError: see `served`.
+        """
+        self._bind([*challengers, *reasoners])
         with ExitStack() as stack:
             current: list[Any] = [None, None]
 
@@ -81,6 +89,19 @@ class Match:
                 if missing := self._missing_answers(player, challengers):
                     say(f"{player.name} answers {len(missing)} tasks")
                     self._run(*turn(player), [(line["slot"], line) for line in missing], partial(self._answer, player))
+
+    def _bind(self, everyone: Sequence[Player]) -> None:
+        """Notes which models the names stand for: lines are kept by name, and those of one model are no other's."""
+        path = self._folder / NAMES
+        bound = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for player in everyone:
+            identity = player.identity
+            if bound.setdefault(player.name, identity) != identity:
+                raise ValueError(
+                    f"{player.name} is {identity}, but {bound[player.name]} has played under this name in {self._folder}; give the model "
+                    f"another name ({player.name}-2={player.source}), or the match another folder"
+                )
+        path.write_text(json.dumps(bound, indent=1) + "\n", encoding="utf-8")
 
     def tasks(self, player: Player) -> list[dict[str, Any]]:
         """What a Challenger has written so far, by slot."""

@@ -13,6 +13,7 @@ from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import hugging_face_folder
 from megatron_spice.config.schema import Config
+from megatron_spice.convert.stamp import stamp
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.rollout.engine import Engine
 from megatron_spice.rollout.served_model import KEY_VARIABLE, ServedModel
@@ -32,6 +33,11 @@ class Player:
     def is_url(self) -> bool:
         """Whether it is served already."""
         return self.source.startswith(("http://", "https://"))
+
+    @property
+    def identity(self) -> str:
+        """What results belong to: a server's URL, or where a checkpoint is and which files it has. The folder must be there."""
+        return self.source if self.is_url else f"{(path := Path(self.source)).resolve()} {stamp(path)}"
 
 
 def players(text: str) -> list[Player]:

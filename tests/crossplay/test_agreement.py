@@ -68,6 +68,18 @@ def test_tasks_are_drawn_evenly_read_with_their_passages_and_not_asked_twice(run
     assert told["all"]["low"] <= 0.5 <= told["all"]["high"]
 
 
+def test_what_another_reader_of_the_same_name_answered_does_not_count(run, reader):
+    command = [str(run), "--reader", "strong=http://gpu7:30000", "--tasks", "4", "--answers", "3"]
+    assert audit.main(command) == 0 and len(reader.calls) == 4
+    reader.script = lambda prompt, call: [" 9"] * 3
+    assert audit.main([*command[:2], "strong=http://gpu8:30000", *command[3:]]) == 0 and len(reader.calls) == 8
+    told = json.loads((run / "audit" / "audit.json").read_text())["agreement with strong"]["all"]
+    assert (told["tasks"], told["agreement"]) == (4, 0.0)
+    assert audit.main(command) == 0 and len(reader.calls) == 8
+    told = json.loads((run / "audit" / "audit.json").read_text())["agreement with strong"]["all"]
+    assert (told["tasks"], told["agreement"]) == (4, 1.0), "the first one's answers are still there"
+
+
 def test_what_cannot_be_read_again_is_named(run, reader, capsys, tmp_path):
     assert audit.main([str(run), "--reader", str(tmp_path / "nowhere")]) == 2
     assert "is not there" in capsys.readouterr().err

@@ -84,3 +84,26 @@ def test_other_rules_are_another_match(tmp_path):
     Match(load_config(QUICKSTART), tmp_path, 3, 0, "cpu")
     with pytest.raises(ValueError, match="other rules"):
         Match(load_config(QUICKSTART), tmp_path, 4, 0, "cpu")
+
+
+def test_a_name_that_stood_for_another_model_is_refused_before_anything_is_played(tmp_path):
+    match = Match(load_config(QUICKSTART), tmp_path / "match", 1, 0, "cpu")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("same")
+    early, server = Player("early", str(tmp_path / "a")), Player("server", "http://gpu7:30000")
+    task = {"question": "Which?", "gold_answer": "x", "answer_type": "String"}
+    for name in ("early", "server"):
+        _lines(tmp_path / "match" / f"tasks-{name}.jsonl", [{"slot": 0, "attempts": 8, "valid": 1, "task": task}])
+        answers = [{"challenger": each, "slot": 0, "correct": [True]} for each in ("early", "server")]
+        _lines(tmp_path / "match" / f"answers-{name}.jsonl", answers)
+    said: list[str] = []
+    match.play([early, server], [server, early], said.append)
+    match.play([early], [early], said.append)
+    assert not said, "all is played already"
+    for other in (Player("early", str(tmp_path / "b")), Player("server", "http://gpu8:30000")):
+        with pytest.raises(ValueError, match=f"has played under this name.*{other.name}-2={other.source}"):
+            match.play([early], [other], said.append)
+    (tmp_path / "a" / "weights").write_text("changed")
+    with pytest.raises(ValueError, match="early is .*another folder"):
+        match.play([early], [server], said.append)
