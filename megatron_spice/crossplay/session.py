@@ -56,7 +56,7 @@ async def session(
 
 def note(path: Path, line: dict[str, Any]) -> None:
     """Adds what one job has come to."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair as JSON spells it
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

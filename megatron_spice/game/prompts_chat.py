@@ -7,6 +7,7 @@ requests are in `challenger_requests.py`; here is how they are wrapped, and how 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron_spice.game import challenger_requests as requests
@@ -18,6 +19,7 @@ from megatron_spice.game.records import AnswerType, InvalidReason, Passage, Prom
 SYSTEM = "You are a helpful assistant."
 _BOX_REQUEST = "\n\nReason step by step, then give your final answer within \\boxed{}."
 _FREE_FORM = ("Integer", "Expression", "String")
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # half a surrogate pair: JSON can spell it, no tokenizer or UTF-8 file takes it
 
 
 class ChatStyle:
@@ -66,7 +68,7 @@ class ChatStyle:
     def parse_task(self, text: str, answer_type: AnswerType) -> Task | InvalidReason:
         """The task of the last JSON object; empty question and answer are the model's way of declining the document."""
         fields = last_object(text)
-        if fields is None:
+        if fields is None or any(isinstance(value, str) and _HALF_PAIR.search(value) for value in fields.values()):
             return InvalidReason.UNPARSABLE
         return _multiple_choice(fields) if answer_type == "MCQ" else _free_form(fields, answer_type)
 

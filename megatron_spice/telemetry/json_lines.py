@@ -37,7 +37,8 @@ class JsonLines:
             found, mine = os.stat(self._path), os.fstat(self._file.fileno())
             if (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
                 raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
-            self._append(text.encode())
+            # Half a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
+            self._append(text.encode(errors="backslashreplace"))
 
     def _append(self, lines: bytes) -> None:
         left = memoryview(lines)

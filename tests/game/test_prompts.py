@@ -157,6 +157,10 @@ def _free(**changes):
         ("Integer", "no json", InvalidReason.UNPARSABLE),
         ("Integer", _free()[:-3], InvalidReason.UNPARSABLE),
         ("Integer", _free(answer=None), Task("How many?", "", "Integer")),
+        ("Integer", _free(question="How many \U0001f600?"), Task("How many \U0001f600?", "42", "Integer")),
+        ("Integer", _free(question="How many \ud83d?"), InvalidReason.UNPARSABLE),
+        ("Integer", _free(answer="\ude00"), InvalidReason.UNPARSABLE),
+        ("MCQ", _mcq(multiple_choice_question=f"\ud83d{MCQ_QUESTION}"), InvalidReason.UNPARSABLE),
     ],
 )
 def test_chat_parsing(kind, text, expected):

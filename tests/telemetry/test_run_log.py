@@ -113,6 +113,14 @@ def test_resuming_keeps_exactly_what_came_before(tmp_path: Path, counts: list[in
     assert read_json_lines(path) == [record for record in records if record["iteration"] <= keep]
 
 
+def test_half_a_surrogate_pair_is_written_as_json_spells_it(tmp_path: Path) -> None:
+    records = [{"iteration": 1, "text": text} for text in ("a\ud83d\"b", "\\\udfff", "\U0001f600")]
+    lines = JsonLines(tmp_path / "lines.jsonl", 0)
+    lines.write(records)
+    lines.close()
+    assert read_json_lines(tmp_path / "lines.jsonl") == records
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"iteration": 1}\n{"iter\n{"iteration": 3}\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl:2: not JSON"):
