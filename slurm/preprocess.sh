@@ -46,6 +46,7 @@ for ((place = 1; place <= $#; place++)); do
     --task | --task=*) fail "tasks are numbered here: leave out --task" ;;
   esac
 done
+while [[ "$output" == ?*/ ]]; do output="${output%/}"; done # as the tool does: it names DIR.tasks so
 if [ -z "$output" ]; then
   echo "usage: bash slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR [options of tools/preprocess_corpus.py]" >&2
   exit 2

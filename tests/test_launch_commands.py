@@ -13,6 +13,7 @@ JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST"
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
 SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
+DONE = "mkdir -p out.tasks/0000{0,1} && touch out.tasks/0000{0,1}/manifest.json\n"
 CORPUS = ["in put.jsonl", "--tokenizer", "hf", "--output", "out"]
 ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_ID": "2"}
 
@@ -32,6 +33,7 @@ CASES = {
     "spice-pyxis-site-file": (CUDA, "slurm/spice.sh", ODD, TWO, SITE),
     "preprocess-alone": (CPU, "slurm/preprocess.sh", CORPUS, {}, ""),
     "preprocess-tasks-here": (CPU, "slurm/preprocess.sh", CORPUS, {"SPICE_TASKS": "2"}, ""),
+    "preprocess-trailing-slash": (CPU, "slurm/preprocess.sh", [*CORPUS[:-1], "out//"], {"SPICE_TASKS": "2"}, DONE),
     "preprocess-array": (CPU, "slurm/preprocess.sh", CORPUS, JOB | ARRAY, ""),
     "preprocess-apptainer": (CPU, "slurm/preprocess.sh", CORPUS, JOB | {"SPICE_CONTAINER": "slurm/spice.sh"}, ""),
     "preprocess-pyxis-site-file": (CPU, "slurm/preprocess.sh", CORPUS, JOB | ARRAY, SITE),
