@@ -120,7 +120,9 @@ class Checkpointer:
         return saved
 
     def close(self) -> None:
-        """Lets a save that is under way come to its end, for a while. A run that ends as it should has nothing left here."""
+        """Lets a save that was begun come to its end, for a while, also one of which nothing is written yet. A run that ends as
+        it should has nothing left here."""
+        self.proceed()
         if self._pending is not None:
             self._pending.join(CLOSE_TIMEOUT)
 

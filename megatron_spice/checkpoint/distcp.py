@@ -67,7 +67,7 @@ def save(value: Any, file: IO[bytes]) -> None:
 
 def alone(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A flat host tensor's numbers over a storage that has no others, in a shape: `torch.save` writes whole storages."""
-    return torch.frombuffer(memoryview(flat.view(torch.uint8).numpy()).cast("B"), dtype=flat.dtype).view(*shape)
+    return torch.frombuffer(memoryview(flat.view(torch.uint8).numpy()).cast("B"), dtype=flat.dtype).view(tuple(shape))
 
 
 def file_size(held: Holdings) -> int:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,17 @@ def identity(run_dir: Path) -> tuple[int, int] | None:
 
 
 def begin(folder: Path, iteration: int, num_bytes: int = 0) -> Path:
-    """An empty `.partial` folder to save `num_bytes` into; leftovers of interrupted saves are removed.
+    """An empty `.partial` folder to save `num_bytes` into; leftovers of interrupted saves are removed, as far as the file system
+    lets them go: NFS keeps a file that somebody has open. They are in nobody's way, but for those of this iteration.
 
     Raises:
         OSError: there is no room for it, or no folder can be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("iteration_*.partial"):
-        shutil.rmtree(leftover)
-    check_room(folder, num_bytes)
     partial = folder / f"{name_of(iteration)}.partial"
+    for leftover in folder.glob("iteration_*.partial"):
+        shutil.rmtree(leftover, ignore_errors=leftover != partial)
+    check_room(folder, num_bytes)
     (partial / WEIGHTS).mkdir(parents=True)
     return partial
 
@@ -107,17 +109,28 @@ def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
         _remove(final)
     partial.rename(final)
     sync_folder(final.parent)
+    # The save has succeeded: an old checkpoint that cannot be removed is left to the next one.
     others = [path for path in whole_checkpoints(final.parent) if path != final]
     for old in others[: max(0, len(others) - (keep - 1))]:
-        _remove(old)
+        with suppress(OSError):
+            _remove(old)
     return final
 
 
 def _remove(checkpoint: Path) -> None:
-    """Takes the name away first: a removal that is interrupted must not leave half a checkpoint that looks whole."""
+    """Takes the name away first: a removal that is interrupted must not leave half a checkpoint that looks whole. What stays
+    under the other name is a leftover, which `begin` removes.
+
+    Raises:
+        OSError: it keeps its name.
+    """
     doomed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    number = 1
+    while doomed.exists():  # of an earlier removal that did not come to its end
+        number += 1
+        doomed = checkpoint.with_name(f"{checkpoint.name}.old{number}.partial")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,6 +45,38 @@ def save_to_a_full_disk(model: Path, run_dir: Path, layout: dict[str, Any]) -> s
     return "nothing failed"
 
 
+class Few:
+    """What is saved, without a model."""
+
+    def holdings(self, with_optimizer: bool) -> Any:
+        import torch
+
+        from megatron_spice.checkpoint.pieces import Holdings, Piece
+
+        row = Piece("row", (3,), (0,), (3,), torch.tensor([1.0, 2.0, 3.0]))
+        return Holdings([row, Piece("number", (), (), (), torch.tensor([7.0]))], {}, {})
+
+
+def close_before_writing(hf_files: Path, run_dir: Path) -> tuple[list[float], float]:
+    from megatron_spice.cluster import distributed, platform
+    from megatron_spice.cluster.topology import from_environment
+    from megatron_spice.config.schema import CheckpointConfig
+
+    platform.prepare("cpu")
+    import torch
+    from torch.distributed import checkpoint
+
+    from megatron_spice.checkpoint.checkpointer import Checkpointer
+
+    with distributed.process_group(from_environment("cpu"), 60):
+        checkpointer = Checkpointer(run_dir, CheckpointConfig(), hf_files)
+        checkpointer.begin(Few(), {"iteration": 5})
+        checkpointer.close()
+        found = {"row": torch.zeros(3), "number": torch.zeros(())}
+        checkpoint.load(found, checkpoint_id=checkpointer.newest() / "weights")
+    return found["row"].tolist(), found["number"].item()
+
+
 @contextmanager
 def _policy(model: Path, run_dir: Path, layout: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """A policy with the model's weights, and the checkpointer of a run."""

@@ -27,6 +27,13 @@ def test_a_run_that_goes_on_while_it_is_saved(model, tmp_path):
     assert store.read_state(whole) == {"iteration": 1, "counter": {"drawn": 7}}
 
 
+def test_a_save_of_which_nothing_is_written_yet_is_written_at_the_end(model, tmp_path):
+    """Also a number without dimensions comes back."""
+    assert run_ranks(1, ON_RANKS, "close_before_writing", model, tmp_path / "run") == [([1.0, 2.0, 3.0], 7.0)]
+    [whole] = store.whole_checkpoints(store.folder_of(tmp_path / "run"))
+    assert store.read_state(whole) == {"iteration": 5}
+
+
 def test_a_rank_that_cannot_write_ends_the_save_on_all(model, tmp_path):
     ranks = run_ranks(2, ON_RANKS, "save_to_a_full_disk", model, tmp_path / "run", {"pipeline_parallel_size": 2})
     for found in ranks:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+import pytest
+
 from megatron_spice.checkpoint import store
 
 
@@ -37,3 +42,32 @@ def test_saving_an_iteration_again_replaces_it(tmp_path):
     _save(tmp_path, 2)
     final = _save(tmp_path, 2)
     assert (final / store.WEIGHTS / "data").read_text() == "2"
+
+
+@pytest.fixture
+def nfs(monkeypatch) -> None:
+    """Files that somebody has open, on NFS: one that is removed stays under another name, which cannot be removed."""
+    unlink = os.unlink
+
+    def rename(path, *, dir_fd=None):
+        if dir_fd is None:
+            return unlink(path)
+        if str(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        return os.rename(path, f".nfs{path}", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", rename)
+
+
+def test_what_cannot_be_removed_ends_no_save(tmp_path, nfs):
+    for iteration in (2, 4, 6, 8, 2, 4, 4):
+        assert _save(tmp_path, iteration, keep=1).is_dir()
+    assert [path.name for path in store.whole_checkpoints(tmp_path)] == ["iteration_0000004"]
+    assert list(tmp_path.glob("*.old.partial")), "everything could be removed"
+
+
+def test_a_folder_to_save_into_is_empty_or_an_error(tmp_path, nfs):
+    (store.begin(tmp_path, 2) / store.WEIGHTS / "data").touch()
+    with pytest.raises(OSError, match="iteration_0000002.partial|nfs|weights"):
+        store.begin(tmp_path, 2)
+    assert store.begin(tmp_path, 4).is_dir()
