@@ -15,7 +15,26 @@ def test_caches_go_where_the_site_says_then_where_slurm_says(tmp_path):
     assert found.keys() == FOLDERS.keys() and all(value.startswith(f"{tmp_path}/site/spice-") for value in found.values())
     assert all(os.path.isdir(value) for value in found.values())
     assert cache_folders(job)["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/job/spice-")
-    assert cache_folders({**job, "SPICE_SCRATCH": "/nowhere"})["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/job/spice-"), "not in the container"
+    made = cache_folders({**job, "SPICE_SCRATCH": str(tmp_path / "site" / "not" / "yet")})
+    assert made["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/site/not/yet/spice-")
+
+
+def test_a_place_that_cannot_be_used_is_told_and_the_next_one_taken(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "job").mkdir()
+    job = {"SLURM_JOB_ID": "1", "SLURM_TMPDIR": str(tmp_path / "job")}
+    scratch = {"SPICE_SCRATCH": str(tmp_path / "file" / "below")}
+    assert cache_folders(job | scratch)["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/job/spice-")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"SPICE_SCRATCH={tmp_path}/file/below" in told and f"{tmp_path}/job will be" in told
+    assert cache_folders(scratch) == {} and "the libraries' own places will be" in capsys.readouterr().err
+
+    [folder] = {os.path.dirname(value) for value in cache_folders({"SPICE_SCRATCH": str(tmp_path / "site")}).values()}
+    os.rmdir(f"{folder}/triton")
+    open(f"{folder}/triton", "w").close()
+    assert capsys.readouterr().err == ""
+    found = cache_folders({**job, "SPICE_SCRATCH": str(tmp_path / "site")})
+    assert all(value.startswith(f"{tmp_path}/job/spice-") for value in found.values()) and "triton" in capsys.readouterr().err
 
 
 def test_what_is_set_is_left_alone_and_a_single_machine_too(tmp_path):
