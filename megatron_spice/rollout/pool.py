@@ -180,6 +180,7 @@ class RolloutPool:
             self._store.set(everyone, "")
         began = time.monotonic()
         while not self._comes(everyone) and time.monotonic() - began < self._start_timeout:
+            self._store.add("rollout/started", 0)  # raises when the store is gone
             moved()
 
     def _start_mine(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -235,6 +236,17 @@ def test_two_ranks_share_the_passages_and_the_failures(tmp_path: Path) -> None:
     arguments = (str(tmp_path / "store"), str(tmp_path), two_ranks)
     multiprocessing.spawn(on_two_ranks, args=arguments, nprocs=2)
     assert not list(tmp_path.glob("rank*.txt")), "\n".join(path.read_text() for path in tmp_path.glob("rank*.txt"))
+
+
+def test_a_store_that_is_gone_ends_the_wait_for_other_ranks_engines() -> None:
+    server = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    store = dist.TCPStore("127.0.0.1", server[0].port, is_master=False)
+    pool = RolloutPool(Topology(world_size=2, local_world_size=2), store, [FakeEngine()], play, passages_in_flight=1, start_timeout=20)
+    began = time.monotonic()
+    threading.Timer(0.3, server.clear).start()
+    with pytest.raises(dist.DistError):
+        pool.start()
+    assert time.monotonic() - began < 10
 
 
 def test_games_are_given_up_when_the_job_is_to_end() -> None:
