@@ -109,6 +109,7 @@ def hold_out(options: argparse.Namespace) -> int:
 async def _grade(file: IO[bytes], config: VerifierConfig) -> int:
     reasons: Counter[str] = Counter()
     correct = failed = 0
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as JSON spells it
     async for verdict in grade(_records(file), config):
         print(json.dumps(verdict, ensure_ascii=False))
         failed += "error" in verdict

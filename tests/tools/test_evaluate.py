@@ -32,13 +32,14 @@ def test_a_verdict_a_line_in_order():
         line(r"\frac{1}{2}", "Expression", r"\boxed{0.5}"),
         line("42", "Integer", "forty-two"),
         line("7", "Integer", r"\boxed{" + "9" * 100_000 + "}"),
+        line("x + 1", "Expression", "\\boxed{x + \ud83d}"),
     ]
     code, verdicts, summary = grade("".join(records))
     assert code == 0
-    assert [verdict["correct"] for verdict in verdicts] == [True, True, True, True, False, False]
+    assert [verdict["correct"] for verdict in verdicts] == [True, True, True, True, False, False, False]
     assert verdicts[0] == {"id": "first", "correct": True, "extracted": "42.0", "reason": "number"}
-    assert verdicts[4]["reason"] == "no_answer" and verdicts[5]["reason"] == "too_long"
-    assert "4 of 6 correct (66.7%)" in summary
+    assert verdicts[4]["reason"] == "no_answer" and verdicts[5]["reason"] == "too_long" and verdicts[6]["extracted"] == "x + \ud83d"
+    assert "4 of 7 correct (57.1%)" in summary
 
 
 def test_lines_that_are_no_records_are_named_and_the_rest_is_graded():
