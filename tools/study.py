@@ -6,8 +6,9 @@
 
 A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if wanted `overrides` (for all runs), `evaluate` (arguments of
 tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
-reasoners, such as ["--passages", "64"]). Jobs run one after the other; one that fails ends the study with its exit code. OUTPUT gets
-summary.json and summary.txt. Intervals are bootstrapped over seeds: with three of them they say little more than the spread.
+reasoners, such as ["--passages", "64"]). Jobs run one after the other; one that fails ends the study with its exit code. A run that is
+to be longer, or other tasks, are done on top of what is there: evaluations and matches are of an iteration, and asked.txt beside
+their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt. Intervals are bootstrapped over seeds: with three of them they say little more than the spread.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from megatron_spice.checkpoint import store  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
 from megatron_spice.crossplay.matrix import interval  # noqa: E402
+from megatron_spice.curriculum.rows import RECIPE_NAME  # noqa: E402
 from megatron_spice.telemetry.json_lines import read_json_lines  # noqa: E402
 from megatron_spice.telemetry.run_log import METRICS_NAME  # noqa: E402
 
 ENDS = ("reasoner/pass_rate", "challenger/valid_share", "challenger/reward", "challenger/grounded_share", "audit/constant_gold")
+ASKED = "asked.txt"
 LAST = 0.1
 """Share of a run's iterations that its end is averaged over."""
 
@@ -56,10 +59,26 @@ class Study(BaseModel):
 
 
 class Job(NamedTuple):
-    """A command, and the file whose being there says that it is done."""
+    """A command, the file whose being there says that it is done, and the study's arguments that this file has to be made with."""
 
     command: list[str]
     done: Path
+    asked: list[str] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do."""
+        path = self.done.with_name(ASKED)
+        return self.done.exists() and (not self.asked or (path.exists() and path.read_text() == _line(self.asked)))
+
+    def note(self) -> None:
+        """Keeps with which arguments it was done."""
+        if self.asked:
+            self.done.with_name(ASKED).write_text(_line(self.asked))
+
+
+def _line(arguments: Sequence[str]) -> str:
+    return shlex.join(arguments) + "\n"
 
 
 class Trained(NamedTuple):
@@ -75,6 +94,16 @@ class Trained(NamedTuple):
     def checkpoint(self, iteration: int) -> Path:
         """Where the checkpoint of an iteration is."""
         return store.folder_of(self.folder) / store.name_of(iteration)
+
+    @property
+    def evaluation(self) -> Path:
+        """Where the results of the last iteration are."""
+        return self.folder / "evaluation" / f"iteration_{self.iterations}"
+
+    @property
+    def crossplay(self) -> Path:
+        """Where the match up to the last iteration is."""
+        return self.folder / f"crossplay-{self.iterations}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code:
             print(f"study: exit code {code}; the same command goes on from here", file=sys.stderr)
             return code
+        job.note()
     if not options.dry_run:
         found = summary(study, runs)
         (study.output / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -144,24 +174,32 @@ def jobs(study: Study, runs: Sequence[Trained], dry_run: bool = False) -> Iterat
     """What is left to do, in order; asked for one by one, since later ones look at what earlier ones have made."""
     tools = [sys.executable, str(ROOT / "tools")]
     for run in runs:
-        if not run.checkpoint(run.iterations).exists():
-            yield Job(["bash", str(ROOT / "slurm" / "spice.sh"), *run.arguments], run.checkpoint(run.iterations))
+        job = Job(["bash", str(ROOT / "slurm" / "spice.sh"), *run.arguments], run.checkpoint(run.iterations))
+        if not job.is_done:
+            yield job
         if study.evaluate:
-            for model, folder in ((run.model, _before(study, run.model)), (run.checkpoint(run.iterations), run.folder / "evaluation")):
-                if not (folder / "results.json").exists():
-                    command = [tools[0], f"{tools[1]}/evaluate.py", "run", str(model), "--recipe", run.arguments[0], *study.evaluate]
-                    yield Job([*command, "--output", str(folder)], folder / "results.json")
+            recipe = str(run.folder / RECIPE_NAME)  # with the overrides, as training took it
+            for model, folder in ((run.model, _before(study, run)), (run.checkpoint(run.iterations), run.evaluation)):
+                command = [tools[0], f"{tools[1]}/evaluate.py", "run", str(model), "--recipe", recipe, *study.evaluate]
+                job = Job([*command, "--output", str(folder)], folder / "results.json", study.evaluate)
+                if not job.is_done:
+                    yield job
         if study.crossplay:
-            folder = run.folder / "crossplay"
-            saved = store.whole_checkpoints(store.folder_of(run.folder)) or [run.checkpoint(0), run.checkpoint(run.iterations)]
-            models = f"early={saved[0]},late={saved[-1]}"
-            command = [tools[0], f"{tools[1]}/crossplay.py", run.arguments[0], str(folder), "--challengers", models, "--reasoners", models]
-            if not (folder / "matrix.json").exists():
-                yield Job([*command, *study.crossplay, *study.overrides], folder / "matrix.json")
+            saved = store.whole_checkpoints(store.folder_of(run.folder)) or [run.checkpoint(0)]
+            models = f"early={saved[0]},late={run.checkpoint(run.iterations)}"
+            command = [tools[0], f"{tools[1]}/crossplay.py", run.arguments[0], str(run.crossplay), "--challengers", models]
+            asked = [*study.crossplay, *study.overrides]
+            job = Job([*command, "--reasoners", models, *asked], run.crossplay / "matrix.json", asked)
+            if not job.is_done:
+                yield job
 
 
-def _before(study: Study, model: Path) -> Path:
-    return study.output / "before" / str(model).strip("/").replace("/", "-")
+def _before(study: Study, run: Trained) -> Path:
+    """Where the results of the model before training are: runs share them that ask it in the same way."""
+    resolved = run.folder / RECIPE_NAME
+    game = (load_config(resolved) if resolved.exists() else load_config(run.arguments[0], run.arguments[1:])).game
+    model = str(run.model).strip("/").replace("/", "-")
+    return study.output / "before" / f"{model}-{game.prompt_style}-{game.reasoner_max_tokens}"
 
 
 def summary(study: Study, runs: Sequence[Trained]) -> dict[str, Any]:
@@ -187,12 +225,12 @@ def _numbers(study: Study, run: Trained) -> dict[str, float]:
     lines = read_json_lines(run.folder / METRICS_NAME)
     last = lines[-max(1, round(LAST * len(lines))) :]
     numbers = {name: fmean(line[name] for line in last if name in line) for name in ENDS if any(name in line for line in last)}
-    after, before = (_scores(folder) for folder in (run.folder / "evaluation", _before(study, run.model)))
+    after, before = (_scores(folder) for folder in (run.evaluation, _before(study, run)))
     for task, score in after.items():
         numbers[f"evaluation/{task}"] = score
         if task in before:
             numbers[f"evaluation/{task} less before"] = score - before[task]
-    path = run.folder / "crossplay" / "matrix.json"
+    path = run.crossplay / "matrix.json"
     if path.exists():
         for pair in json.loads(path.read_text())["pairs"]:
             if pair["pass_rate"] is not None:

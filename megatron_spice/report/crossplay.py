@@ -1,8 +1,10 @@
-"""What tools/crossplay.py found, if it lies in a run's folder `crossplay/`: every Reasoner on every Challenger's tasks."""
+"""What tools/crossplay.py found, if it lies in a run's folder `crossplay/` or `crossplay-ITERATION/`: every Reasoner on every
+Challenger's tasks."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,17 @@ class Matrix:
     rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
-def read_matrix(folder: Path, run: str) -> Matrix | None:
-    """None where there is none that can be read."""
+def read_matrices(folder: Path, run: str) -> list[Matrix]:
+    """Those of a run's folder that can be read; one that is of an iteration says so, and they are in this order."""
+    named = [(re.fullmatch(r"crossplay(?:-(\d+))?", path.name), path) for path in folder.glob("crossplay*")]
+    numbered = sorted((int(name[1] or -1), path) for name, path in named if name)
+    found = [_read(path / NAME, run if number < 0 else f"{run}, up to iteration {number}") for number, path in numbered]
+    return [matrix for matrix in found if matrix is not None]
+
+
+def _read(path: Path, run: str) -> Matrix | None:
     try:
-        pairs = json.loads((folder / "crossplay" / NAME).read_text(encoding="utf-8"))["pairs"]
+        pairs = json.loads(path.read_text(encoding="utf-8"))["pairs"]
         found = {(pair["reasoner"], pair["challenger"]): (pair["pass_rate"], pair["low"], pair["high"]) for pair in pairs}
     except (OSError, ValueError, KeyError, TypeError):
         return None

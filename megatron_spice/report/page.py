@@ -19,7 +19,7 @@ from markupsafe import Markup
 from megatron_spice.report import answers, catalogue
 from megatron_spice.report.change import change_over_seeds, end_of
 from megatron_spice.report.compare import compare
-from megatron_spice.report.crossplay import read_matrix
+from megatron_spice.report.crossplay import read_matrices
 from megatron_spice.report.drawing import Drawing, draw, sparkline
 from megatron_spice.report.episode_file import EpisodeFile, scan
 from megatron_spice.report.figure import Figure
@@ -96,7 +96,7 @@ def page(runs: Sequence[Run], episode_bytes: int = EPISODE_BYTES) -> str:
         windows=_windows(groups, firsts),
         sections=_sections(figures),
         comparison=compare(groups) if len(groups) > 1 else [],
-        matrices=[found for run in runs if (found := read_matrix(run.folder, run.name)) is not None],
+        matrices=[found for run in runs for found in read_matrices(run.folder, run.name)],
         numbers=_numbers(groups),
         payloads=payloads,
         kept=_kept([payload for _, payload in payloads]),

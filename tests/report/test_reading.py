@@ -14,7 +14,7 @@ from made_run import episode, made_run, write_lines
 from megatron_spice.evaluation import table
 from megatron_spice.evaluation.run import summary
 from megatron_spice.evaluation.tasks import find_all
-from megatron_spice.report.crossplay import read_matrix
+from megatron_spice.report.crossplay import read_matrices
 from megatron_spice.report.episode_file import scan
 from megatron_spice.report.evaluation import Score, read_scores
 from megatron_spice.report.groups import differences, group_runs
@@ -113,11 +113,15 @@ def test_a_cross_play_is_read(tmp_path: Path) -> None:
     found = {"pairs": [{**pair, "reasoner": "early", "pass_rate": 0.2}, {**pair, "reasoner": "late", "pass_rate": 0.25}, {**pair, "challenger": "late", "reasoner": "late", "pass_rate": None}]}
     (tmp_path / "crossplay").mkdir()
     (tmp_path / "crossplay" / "matrix.json").write_text(json.dumps(found))
-    matrix = read_matrix(tmp_path, "run")
+    [matrix] = read_matrices(tmp_path, "run")
     assert matrix.challengers == ["early", "late"]
     assert matrix.rows == [("early", [("0.2", "0.1 to 0.3"), ("-", "")]), ("late", [("0.25", "0.1 to 0.3"), ("-", "")])]
     (tmp_path / "crossplay" / "matrix.json").write_text("[]")
-    assert read_matrix(tmp_path, "run") is None
+    assert read_matrices(tmp_path, "run") == []
+    for name in ("crossplay-100", "crossplay-20", "crossplay-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "matrix.json").write_text(json.dumps(found))
+    assert [matrix.run for matrix in read_matrices(tmp_path, "run")] == ["run, up to iteration 20", "run, up to iteration 100"]
 
 
 def test_questions_are_counted_by_window_and_broken_lines_are_counted(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools.study import jobs, main, read, summary, table, trained
+from megatron_spice.config.describe import resolved
+from megatron_spice.config.loader import load_config
+from tools import study as tool
+from tools.study import Trained, jobs, main, read, summary, table, trained
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,16 +27,23 @@ def study(tmp_path: Path) -> Path:
     return path
 
 
-def _finish(run, rate: float, score: float) -> None:
+def _finish(told: tool.Study, run: Trained, rate: float, score: float) -> None:
     """What a run, its evaluation and its match would leave behind."""
+    _note(told, run)
     run.checkpoint(run.iterations).mkdir(parents=True)
     lines = [{"iteration": number, "reasoner/pass_rate": rate if number > 18 else 0.0} for number in range(1, 21)]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run.folder / "evaluation").mkdir()
-    (run.folder / "evaluation" / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": score}]}))
-    (run.folder / "crossplay").mkdir()
+    (run.evaluation / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": score}]}))
     pair = {"challenger": "late", "reasoner": "early", "pass_rate": rate}
-    (run.folder / "crossplay" / "matrix.json").write_text(json.dumps({"pairs": [pair, {**pair, "reasoner": "late", "pass_rate": None}]}))
+    (run.crossplay / "matrix.json").write_text(json.dumps({"pairs": [pair, {**pair, "reasoner": "late", "pass_rate": None}]}))
+
+
+def _note(told: tool.Study, run: Trained) -> None:
+    """What `main` notes after a run's own evaluation and match, which leave nothing."""
+    for job in jobs(told, [run]):
+        if job.done.is_relative_to(run.folder) and job.asked:
+            job.done.parent.mkdir(parents=True)
+            job.note()
 
 
 def test_the_example_is_nine_runs(capsys, monkeypatch):
@@ -51,7 +61,7 @@ def test_what_is_there_is_not_done_again(study, capsys):
     assert "run.dir" in lines[0] and "train.seed=0" in lines[0] and "checkpoint.keep=6" in lines[0] and "train.iterations=20" in lines[0]
     runs = list(trained(read(study)))
     assert [(run.name, run.seed) for run in runs] == [("spice", 0), ("threshold", 0), ("spice", 1), ("threshold", 1)]
-    _finish(runs[0], 0.5, 0.2)
+    _finish(read(study), runs[0], 0.5, 0.2)
     left = [job.command for job in jobs(read(study), runs)]
     assert not [command for command in left if str(runs[0].checkpoint(20)) in command or f"run.dir={runs[0].folder}" in command]
     assert len(left) == 16 - 3
@@ -60,8 +70,8 @@ def test_what_is_there_is_not_done_again(study, capsys):
 def test_sums_are_of_seeds_and_differences_of_pairs(study):
     runs, told = list(trained(read(study))), read(study)
     for run, rate, score in zip(runs, (0.2, 0.6, 0.4, 0.6), (0.3, 0.3, 0.5, 0.3)):
-        _finish(run, rate, score)
-    before = told.output / "before" / str(runs[0].model).replace("/", "-")
+        _finish(told, run, rate, score)
+    before = told.output / "before" / f"{str(runs[0].model).replace('/', '-')}-few_shot-12"
     before.mkdir(parents=True)
     (before / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": 0.25}]}))
     found = summary(told, runs)
@@ -72,6 +82,60 @@ def test_sums_are_of_seeds_and_differences_of_pairs(study):
     assert found["quantities"]["evaluation/factbook less before"]["spice"]["by_seed"] == pytest.approx({0: 0.05, 1: 0.25})
     assert found["quantities"]["crossplay/late Challenger, early Reasoner"]["spice"]["seeds"] == 2
     assert "less spice: +0.3000 [+0.2000, +0.4000]" in table(found)
+
+
+@pytest.mark.parametrize(("change", "left"), [
+    ({"overrides": ["train.iterations=30"]}, ["train", "evaluate 30", "match 30"]),
+    ({"evaluate": ["--tasks", "factbook,gsm8k"]}, ["evaluate before", "evaluate 20"]),
+    ({"crossplay": ["--passages", "8"]}, ["match 20"]),
+    ({"overrides": ["train.iterations=20", "game.group_size=4"]}, ["match 20"]),
+])  # fmt: skip
+def test_a_longer_run_or_other_tasks_leave_something_to_do(study, change, left):
+    told = read(study)
+    [run, *_] = trained(told)
+    _finish(told, run, 0.5, 0.2)
+    (run.folder / "recipe.yaml").write_text(resolved(load_config(run.arguments[0], run.arguments[1:])))
+    [before] = jobs(told, [run])
+    before.done.parent.mkdir(parents=True)
+    before.done.write_text("{}")
+    before.note()
+    assert not list(jobs(told, [run]))
+    study.write_text(yaml.safe_dump({**yaml.safe_load(study.read_text()), **change}))
+    told = read(study)
+    [run, *_] = trained(told)
+    assert [_called(job) for job in jobs(told, [run])] == left
+
+
+def _called(job: tool.Job) -> str:
+    place = job.done.parent
+    if job.done.name == "results.json":
+        assert job.command[job.command.index("--output") + 1] == str(place)
+        return "evaluate before" if place.parent.name == "before" else f"evaluate {place.name.removeprefix('iteration_')}"
+    return f"match {place.name.removeprefix('crossplay-')}" if job.done.name == "matrix.json" else "train"
+
+
+def test_models_are_asked_as_the_run_was_and_the_first_one_anew_where_that_differs(study):
+    told = read(study)
+    places = []
+    for overrides in ([], ["game.reasoner_max_tokens=48"], ["game.prompt_style=chat"]):
+        told.overrides = ["train.iterations=20", *overrides]
+        [run, *_] = trained(told)
+        asked = [job for job in jobs(told, [run]) if job.done.name == "results.json"]
+        assert [job.command[job.command.index("--recipe") + 1] for job in asked] == [str(run.folder / "recipe.yaml")] * 2
+        places.append(asked[0].done.parent.name.rpartition("megatron")[2])
+    assert places == ["-few_shot-12", "-few_shot-48", "-chat-12"]
+
+
+def test_the_arguments_are_noted_once_a_job_is_done(study, monkeypatch):
+    """`true` and `false` stand for the commands."""
+    monkeypatch.setattr(tool, "summary", lambda *_: {"quantities": {}})
+    (study.parent / "out").mkdir()
+    for command, code in (("false", 1), ("true", 0)):
+        job = tool.Job([command], study.parent / command / "results.json", ["--tasks", "a b"])
+        monkeypatch.setattr(tool, "jobs", lambda *_, job=job: iter([job]))
+        assert main([str(study)]) == code
+    assert not (study.parent / "false" / "asked.txt").exists()
+    assert (study.parent / "true" / "asked.txt").read_text() == "--tasks 'a b'\n"
 
 
 @pytest.mark.parametrize(("change", "words"), [
