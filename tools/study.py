@@ -8,7 +8,8 @@ A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if want
 tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
 reasoners, such as ["--passages", "64"]). Jobs run one after the other; one that fails ends the study with its exit code. A run that is
 to be longer, or other tasks, are done on top of what is there: evaluations and matches are of an iteration, and asked.txt beside
-their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt. Intervals are bootstrapped over seeds: with three of them they say little more than the spread.
+their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt. Intervals are bootstrapped over
+seeds: with three of them they say little more than the spread.
 """
 
 from __future__ import annotations
