@@ -1,8 +1,8 @@
 """What a warm-up learns from: prompts and completions of accepted tasks and right answers, from an export of another run.
 
 Challenger: passage -> the completion that stated a valid task. Reasoner: question -> an answer that was right. Prompts are made
-by this run's own style; completions are text, so they are only good for the style that they were written in, and are ended as
-that style ends them: by its stop string, or by the model's end of text.
+by this run's own style; completions are text, so each role's are only good for the style that the role was asked in, and are
+ended as that style ends them: by its stop string, or by the model's end of text.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from megatron_spice.corpus.tokenizer import TextTokenizer
 
 NEEDED = ("valid", "prompt_style", "answer_type", "question", "gold_answer", "passage", "completion", "right_answers")
+REASONER_STYLE = "reasoner_prompt_style"
+"""A column that older exports lack: there the Reasoner counts as asked like the Challenger."""
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of a file, of which only those asked for are made into tokens.
 
-    `places`: (row, role) of each; the table is mapped, not read.
+    `places`: (row, role) of each. The table is in memory, with the columns that are needed.
     """
 
     table: pa.Table
@@ -52,17 +54,17 @@ class Pairs:
             there = pq.read_schema(path).names
             if missing := [name for name in NEEDED if name not in there]:
                 raise ConfigError(f"warmup.pairs={path} lacks the columns {', '.join(missing)}; it has {', '.join(there)}")
-            table = pq.read_table(path, columns=list(NEEDED), memory_map=True)
+            more = [REASONER_STYLE] if REASONER_STYLE in there else []
+            table = pq.read_table(path, columns=[*NEEDED, *more])
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"warmup.pairs={path} is no Parquet file that can be read: {error}") from error
         kinds = set(config.game.answer_types)
-        told = [table[name].to_pylist() for name in ("valid", "prompt_style", "answer_type", "right_answers")]
-        ours = [
-            (row, right)
-            for row, (valid, style, kind, right) in enumerate(zip(*told))
-            if valid and style == config.game.prompt_style and kind in kinds
-        ]
-        places = [(row, "challenger") for row, _ in ours] + [(row, "reasoner") for row, right in ours if right]
+        told = [table[name].to_pylist() for name in ("valid", "answer_type", "right_answers")]
+        tasks = [(row, right) for row, (valid, kind, right) in enumerate(zip(*told)) if valid and kind in kinds]
+        asked = {"challenger": table["prompt_style"].to_pylist()}
+        asked["reasoner"] = table[REASONER_STYLE].to_pylist() if more else asked["challenger"]
+        ours = {role: [(row, right) for row, right in tasks if style[row] == config.game.prompt_style] for role, style in asked.items()}
+        places = [(row, "challenger") for row, _ in ours["challenger"]] + [(row, "reasoner") for row, right in ours["reasoner"] if right]
         if not config.game.no_corpus:
             shown = table["passage"].is_valid().to_pylist()
             places = [(row, role) for row, role in places if role == "reasoner" or shown[row]]
@@ -70,9 +72,9 @@ class Pairs:
         for role in config.warmup.roles:
             if all(place[1] != role for place in places):
                 raise ConfigError(
-                    f"warmup.pairs={path} has nothing for the {role}: of {table.num_rows} rows {len(ours)} are valid tasks with "
-                    f"game.prompt_style={config.game.prompt_style} and a kind among game.answer_types; leave the role out of "
-                    "warmup.roles, or export another run"
+                    f"warmup.pairs={path} has nothing for the {role}: of {table.num_rows} rows {len(ours[role])} are valid tasks "
+                    f"whose {role} was asked with game.prompt_style={config.game.prompt_style}, of a kind among game.answer_types; "
+                    "leave the role out of warmup.roles, or export another run"
                 )
         return cls(table, tuple(places), Wording.of(config.game.prompt_style, tokenizer), config)
 

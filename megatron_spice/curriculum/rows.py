@@ -26,14 +26,15 @@ RECIPE_NAME = "recipe.yaml"
 COLUMNS = {
     "run": "string", "recipe_hash": "string", "model": "string", "iteration": "int32", "begun": "int32", "slot": "int32",
     "passage_index": "int64", "document": "int64", "source": "string", "passage": "string", "prompt_style": "string",
-    "attempt": "int32", "weights": "string", "completion": "string", "answer_type": "string", "question": "string",
+    "reasoner_prompt_style": "string", "attempt": "int32", "weights": "string", "completion": "string", "answer_type": "string", "question": "string",
     "gold_answer": "string", "options": "list<string>", "valid": "bool", "invalid_reason": "string", "grounded": "bool",
     "in_group": "bool", "is_reasoner_task": "bool", "reward": "double", "pass_rate": "double", "verdicts": "list<bool>",
     "verdict_reasons": "list<string>", "right_answers": "list<string>", "agreement": "double", "copied_words": "int32",
     "flags": "list<string>", "duplicate": "string",
 }  # fmt: skip
 """Every column with its type. Null where there is nothing: a pass rate without answers, a question of an invalid attempt,
-`agreement` without an audit that answered again. `right_answers` are the texts of the answers that were right, each once;
+`agreement` without an audit that answered again. `completion` is the Challenger's, asked in `prompt_style`, `right_answers` the
+Reasoner's, asked in `reasoner_prompt_style`: styles differ where another model writes the tasks. `right_answers` are the texts of the answers that were right, each once;
 `duplicate` is "exact" or "near" where the run has asked the question before."""
 
 
@@ -82,6 +83,7 @@ def _row(run: Run, episode: dict[str, Any], number: int, attempt: dict[str, Any]
         "iteration": episode["iteration"], "begun": episode["begun"], "slot": episode["slot"],
         "passage_index": passage["index"], "document": passage["document"], "source": passage["source"],
         "passage": passage["text"] if run.has_corpus else None, "prompt_style": episode["prompt_style"],
+        "reasoner_prompt_style": episode.get("reasoner_prompt_style", episode["prompt_style"]),
         "answer_type": episode["answer_type"], "attempt": number, "weights": attempt["weights"], "completion": attempt["text"],
         "valid": attempt["valid"], "invalid_reason": attempt["invalid"], "grounded": attempt["grounded"],
         "in_group": attempt["in_group"], "is_reasoner_task": attempt["is_reasoner_task"], "reward": attempt["reward"],

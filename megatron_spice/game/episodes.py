@@ -175,6 +175,7 @@ def episode_record(episode: Episode) -> dict[str, Any]:
             "text": passage.text,
         },
         "prompt_style": episode.prompt_style,
+        "reasoner_prompt_style": episode.reasoner_prompt_style or episode.prompt_style,
         "answer_type": episode.answer_type,
         "seconds": round(episode.seconds, 3),
         "verifier_timeouts": episode.verifier_timeouts,

@@ -86,6 +86,7 @@ async def play_passage(
         tuple(attempts),
         timeouts,
         time.monotonic() - started,
+        reasoner_prompt_style=reasoner.style.name,
     )
 
 

@@ -184,6 +184,7 @@ class Episode:
     """Everything that happened on one passage. It counts in the `iteration` in which it ended.
 
     `slot` is the passage's place in the batch of the iteration in which it was begun: `begun`, or `iteration` if that is None.
+    `prompt_style` is how the Challenger was asked; the Reasoner was asked in the same way where `reasoner_prompt_style` is None.
     """
 
     iteration: int
@@ -195,6 +196,7 @@ class Episode:
     verifier_timeouts: int = 0
     seconds: float = 0.0
     begun: int | None = None
+    reasoner_prompt_style: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,17 @@ def test_a_row_holds_where_an_attempt_came_from_and_what_became_of_it(run, tmp_p
     assert refers["flags"] == ["refers"] and refers["pass_rate"] == 0.0
     assert mcq["options"] == ["Volta", "Rhine", "Nile", "Ebro"] and mcq["gold_answer"] == "A" and mcq["agreement"] == 0.5
     assert again["duplicate"] == "exact" and again["pass_rate"] is None
+    assert {row["reasoner_prompt_style"] for row in table.to_pylist()} == {"few_shot"}, "a log without it: like the Challenger"
     about = json.loads(pq.read_schema(target).metadata[b"curriculum"])
     assert about["recipe_hash"] == first["recipe_hash"]
+
+
+def test_each_roles_style_stands_in_its_own_column(run, tmp_path):
+    line = episode(1, attempt("Which river flows?", right="11")) | {"prompt_style": "chat", "reasoner_prompt_style": "few_shot"}
+    (run / "episodes.jsonl").write_text(json.dumps(line) + "\n")
+    export(Run.open(run), tmp_path / "out.parquet", Wanted())
+    [row] = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert (row["prompt_style"], row["reasoner_prompt_style"]) == ("chat", "few_shot")
 
 
 @pytest.mark.parametrize(("wanted", "slots"), [

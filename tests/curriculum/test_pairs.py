@@ -30,7 +30,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> TextTokenizer:
-    return TextTokenizer.from_dir(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}U: {{ message.content }}\n{% endfor %}A:")
+    return TextTokenizer.from_dir(folder)
 
 
 def config(data: Path, game: dict | None = None, **warmup: object) -> Config:
@@ -65,6 +67,25 @@ def test_every_pair_is_used_once_a_round_in_an_order_of_its_own(data, tokenizer)
 def test_a_completion_is_no_longer_than_the_game_allows(data, tokenizer):
     pairs = Pairs.open(config(data, {"challenger_max_tokens": 3, "reasoner_max_tokens": 1}), tokenizer)
     assert {len(pairs.trajectory(0, role).completion_ids) for role in ("challenger", "reasoner")} == {3, 1}
+
+
+def test_a_roles_completions_are_good_for_the_style_that_it_was_asked_in(tmp_path, tokenizer):
+    styles = {"prompt_style": "chat", "reasoner_prompt_style": "few_shot"}
+    export(Run.open(write_run(tmp_path / "run", "{}", "How many y?", " 8", 3, **styles)), tmp_path / "pairs.parquet", Wanted())
+    pairs = Pairs.open(config(tmp_path / "pairs.parquet", roles=["reasoner"]), tokenizer)
+    assert pairs.places == ((0, "reasoner"), (1, "reasoner"), (2, "reasoner"))
+    with pytest.raises(ConfigError, match="nothing for the challenger: of 3 rows 0 are .* game.prompt_style=few_shot"):
+        Pairs.open(config(tmp_path / "pairs.parquet"), tokenizer)
+    pairs = Pairs.open(config(tmp_path / "pairs.parquet", {"prompt_style": "chat"}, roles=["challenger"]), tokenizer)
+    assert pairs.places == ((0, "challenger"), (1, "challenger"), (2, "challenger"))
+    with pytest.raises(ConfigError, match="nothing for the reasoner: of 3 rows 0 are"):
+        Pairs.open(config(tmp_path / "pairs.parquet", {"prompt_style": "chat"}, roles=["reasoner"]), tokenizer)
+
+
+def test_an_export_without_the_reasoners_style_is_taken_as_the_challengers(data, tmp_path, tokenizer):
+    pq.write_table(pq.read_table(data).drop_columns("reasoner_prompt_style"), tmp_path / "older.parquet")
+    pairs = Pairs.open(config(tmp_path / "older.parquet"), tokenizer)
+    assert Counter(role for _, role in pairs.places) == {"challenger": 5, "reasoner": 5}
 
 
 @pytest.mark.parametrize(("game", "warmup", "words"), [

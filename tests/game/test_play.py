@@ -415,7 +415,9 @@ def test_another_challenger_is_asked_in_its_own_words_and_by_its_role(loop, veri
             config=_few_shot(attempts=4), temperature=1.0, top_p=1.0, seed=0, challenger=other,
         )
     )  # fmt: skip
-    assert episode.prompt_style == "chat"
+    assert (episode.prompt_style, episode.reasoner_prompt_style) == ("chat", "few_shot")
+    record = episode_record(episode)
+    assert (record["prompt_style"], record["reasoner_prompt_style"]) == ("chat", "few_shot")
     assert [attempt.invalid for attempt in episode.attempts] == [InvalidReason.UNPARSABLE] * 4
     prompt, _, sampling = engine.calls[0]
     assert "JSON" in "".join(chr(ord(letter) - 1) for letter in prompt) and sampling.role == "challenger"

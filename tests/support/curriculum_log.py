@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 
-def write_run(folder: Path, completion: str, question: str, gold: str, count: int) -> Path:
-    """A run's recipe and episodes: an Integer task a passage, met by one of two answers."""
+def write_run(folder: Path, completion: str, question: str, gold: str, count: int, **styles: str) -> Path:
+    """A run's recipe and episodes: an Integer task a passage, met by one of two answers. `styles`: of the prompts, if not few-shot."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"policy": {"model": "made"}, "game": {"no_corpus": False}}))
     answers = [{"text": gold, "correct": True, "why": "exact"}, {"text": "0", "correct": False, "why": "number"}]
@@ -21,6 +21,7 @@ def write_run(folder: Path, completion: str, question: str, gold: str, count: in
         {
             "iteration": 1, "begun": 1, "slot": number, "prompt_style": "few_shot", "answer_type": "Integer", "attempts": [attempt],
             "passage": {"index": number, "document": number, "source": "made", "text": f"Passage number {number}."},
+            **styles,
         }
         for number in range(count)
     ]  # fmt: skip
