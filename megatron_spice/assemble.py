@@ -330,10 +330,5 @@ def _make_audit(config: Config, done: int) -> Audit | None:
         return None
     audit = Audit(config.audit.passages, config.audit.memory, has_corpus=not config.game.no_corpus)
     if done and (config.run.dir / EPISODES_NAME).is_file():
-        audit.remember(
-            attempt["task"]["question"]
-            for episode in each_json_line(config.run.dir / EPISODES_NAME)
-            for attempt in episode["attempts"]
-            if attempt["task"] is not None
-        )
+        audit.remember(record for record in each_json_line(config.run.dir / EPISODES_NAME) if record["iteration"] <= done)
     return audit

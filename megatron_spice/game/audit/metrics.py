@@ -7,8 +7,11 @@ nothing (no multiple choice task, no re-answer) are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
+from typing import Any
 
 from megatron_spice.game.audit import bias
 from megatron_spice.game.audit.duplicates import Seen
@@ -21,7 +24,7 @@ class Audit:
     """Audits iteration after iteration; what it remembers are the questions that were asked.
 
     Args:
-        passages: so many of an iteration's episodes are looked at, the first.
+        passages: so many of an iteration's episodes are looked at, the first by when and where they were begun.
         memory: so many questions are remembered.
         has_corpus: whether tasks were written with a passage in view.
     """
@@ -31,10 +34,18 @@ class Audit:
         self._has_corpus = has_corpus
         self._seen = Seen(memory)
 
-    def remember(self, questions: Iterable[str]) -> None:
-        """Questions of earlier iterations, in their order, when a run goes on."""
-        for question in questions:
-            self._seen.add(question)
+    def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """What this would remember had it audited earlier iterations, when a run goes on.
+
+        Args:
+            records: of their episodes (`episodes.episode_record`), iteration after iteration. Of one iteration the first are those that
+                `metrics` has looked at, by when and where they were begun; the others' questions it has not seen.
+        """
+        for _, same in groupby(records, key=itemgetter("iteration")):
+            asked = [(record["begun"], record["slot"], _questions(record)) for record in same]
+            for *_, questions in sorted(asked, key=itemgetter(0, 1))[: self._passages]:
+                for question in questions:
+                    self._seen.add(question)
 
     def metrics(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """`audit/...` of one iteration's episodes.
@@ -65,6 +76,10 @@ class Audit:
             **_answered_again([attempt for attempt, _ in valid]),
         }
         return {f"audit/{name}": value for name, value in values.items() if value is not None}
+
+
+def _questions(record: Mapping[str, Any]) -> list[str]:
+    return [attempt["task"]["question"] for attempt in record["attempts"] if attempt["task"] is not None]
 
 
 def _letters(golds: Sequence[str]) -> dict[str, float | None]:
