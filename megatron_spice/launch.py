@@ -4,18 +4,25 @@ torchrun's own report of a failure is a page that names an exit code. Here the l
 and its log. A rank that was killed could not say so: its log is marked on its behalf. With several nodes each launcher speaks
 for its own ranks; who failed first among all, slurm/spice.sh asks of the logs (`telemetry/rank_logs.py`) when the job has ended.
 
+torchrun also gives ranks half a minute to end after SIGTERM or Ctrl-C, and then kills them, which may be in the middle of a save.
+Here a rank takes the time it needs (`AskedToEnd`). Ranks that another rank's failure has left behind have that half minute still.
+
 Exit code: the ranks' own where all that failed agree on one (75: asked to end, and saved), otherwise 1; a recipe that a rank
 refused, which is said by then, is 1 too: something was started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
@@ -32,13 +39,66 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the ranks of this node to their end, with their caches on this node."""
     os.environ.update(cache_folders(os.environ))
     try:
-        run(parse_args(list(arguments)))
+        with AskedToEnd(is_slurms="SLURM_JOB_ID" in os.environ):
+            # Without the option torchrun takes SIGTERM and SIGINT for itself, also where they were ignored.
+            run(parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
         return _failed(error)
     except SignalException as error:
         print(f"spice: the launcher on {rank_log.host_name()} was ended by {error.sigval.name}, its ranks with it", file=sys.stderr)
         return 1
     return 0
+
+
+class AskedToEnd:
+    """For the length of the block, what the launcher does with SIGTERM and Ctrl-C.
+
+    The first goes on to the ranks, which are in sessions of their own where a terminal's Ctrl-C does not come, and they are
+    waited for. The second ends them at once: of a person, who will not wait. Slurm may send any number, and kills by itself when
+    its KillWait or GraceTime is over: then the second is nothing. With no rank started, the first ends the launcher.
+
+    Args:
+        is_slurms: whether the launcher is part of a Slurm job.
+    """
+
+    _ONE_REQUEST = 0.2  # seconds: `timeout` sends its signal to the process and to its group
+
+    def __init__(self, *, is_slurms: bool) -> None:
+        self._is_slurms = is_slurms
+        self._asked_at: float | None = None
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._asked_at is not None else handler)  # what follows takes no time
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now, ranks = time.monotonic(), psutil.Process().children()
+        name = signal.Signals(number).name
+        if self._asked_at is None:
+            self._asked_at = now
+            if not ranks:
+                raise SignalException(f"asked to end by {name} before any rank was started", signal.Signals(number))
+            if not self._is_slurms:
+                _say(f"asked to end by {name}: the ranks save, for as long as it takes; a second signal ends them at once, unsaved")
+            _send(ranks, number)
+        elif not self._is_slurms and now - self._asked_at > self._ONE_REQUEST:
+            _send(ranks, signal.SIGKILL)
+            raise SignalException(f"asked to end by {name} for the second time", signal.Signals(number))
+
+
+def _send(ranks: Sequence[psutil.Process], number: int) -> None:
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)  # to it alone: it has to tell its own children what to do
+
+
+def _say(text: str) -> None:
+    """Also from a signal handler that has interrupted a `print`."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"spice: {text}\n".encode())
 
 
 def _failed(error: ChildFailedError) -> int:

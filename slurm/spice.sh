@@ -95,7 +95,7 @@ else
 fi
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-  # One machine talks to itself: by loopback, whatever its host name resolves to. `exec`, so that signals reach torchrun
+  # One machine talks to itself: by loopback, whatever its host name resolves to. `exec`, so that signals reach the launcher
   # itself, which passes them on, and its exit code is ours.
   export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
   exec "$python" -m megatron_spice.launch --standalone --local-addr=127.0.0.1 \
@@ -135,7 +135,7 @@ trap 'woken=yes limit_is_near=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 # Slurm has told all processes of the job.
 trap 'woken=yes told_to_end=yes' TERM
 
-# torchrun would end its ranks half a minute after such a signal, saved or not: it must not notice. They get it from Slurm.
+# Such a signal must not end what is between this shell and the ranks, who get it from Slurm too; the launcher has a handler.
 # shellcheck disable=SC2016  # SLURM_NODEID is known only inside each task.
 "${step[@]}" bash -c 'trap "" TERM USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' -- \
   "${inside[@]}" "$python" -m megatron_spice.launch \

@@ -179,7 +179,7 @@ def test_without_an_environment_it_names_install_sh(house):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_ranks_too(house, sleeping, how):
-    """SIGTERM reaches torchrun, which ends its ranks; nobody hands SIGKILL on, there the kernel does it."""
+    """SIGTERM reaches the launcher, which passes it on; nobody hands SIGKILL on, there the kernel does it."""
     pids = [int(facts(house, rank)["pid"]) for rank in (0, 1)]
     assert all(map(alive, pids))
     sleeping.send_signal(how)

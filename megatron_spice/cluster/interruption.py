@@ -6,8 +6,8 @@ what they hold is worth saving, so they have to hear of it and to agree where:
     while passages are played    every rank looks at a key in the store; the games are given up, what was before them is saved
     anywhere else                the step is finished; ranks agree at the end of the iteration, and save
 
-Each may come any number of times: a terminal and Slurm send them to all of a job's processes, and torchrun passes on what it
-gets. Whoever will not wait ends torchrun, by a second Ctrl-C: its ranks end with it.
+Each may come any number of times: Slurm sends them to all of a job's processes, the launcher passes on what it gets, and torchrun
+ends by SIGTERM the ranks that a failure has left. Whoever will not wait sends the launcher a second one: its ranks end with it.
 """
 
 from __future__ import annotations
