@@ -271,7 +271,8 @@ def _make_pool(
         top_p=config.rollout.top_p, seed=config.train.seed, challenger=asked,
     )  # fmt: skip
     if config.audit.grounded_answers or config.audit.options_only:
-        play = functools.partial(_play_and_audit, audit=config.audit, **play.keywords)
+        context = rollout.context_length or read_architecture(config.policy.model).max_position_embeddings
+        play = functools.partial(_play_and_audit, audit=config.audit, context=context, **play.keywords)
     return RolloutPool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
         max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
@@ -311,7 +312,7 @@ async def _play(passage: Passage, iteration: int, slot: int, engine: Generator, 
 
 
 async def _play_and_audit(
-    passage: Passage, iteration: int, slot: int, engine: Generator, *, audit: AuditConfig, **rest: Any
+    passage: Passage, iteration: int, slot: int, engine: Generator, *, audit: AuditConfig, context: int, **rest: Any
 ) -> Episode:
     episode = await _play(passage, iteration, slot, engine, **rest)
     if slot >= audit.passages:
@@ -321,14 +322,16 @@ async def _play_and_audit(
         engine, rest["verifier"], rest["config"], reasoner, reasoner, rest["temperature"], rest["top_p"],
         (rest["seed"], iteration, slot),
     )  # fmt: skip
-    return await reanswered(table, episode, audit.grounded_answers, audit.options_only)
+    return await reanswered(table, episode, audit.grounded_answers, audit.options_only, context)
 
 
 def _make_audit(config: Config, done: int) -> Audit | None:
     """What audits the tasks of iterations after `done`; it has seen the questions of the earlier ones that the log holds."""
     if not config.audit.metrics:
         return None
-    audit = Audit(config.audit.passages, config.audit.memory, has_corpus=not config.game.no_corpus)
+    audit = Audit(
+        config.audit.passages, config.audit.memory, has_corpus=not config.game.no_corpus, asks_again=config.audit.grounded_answers > 0
+    )
     if done and (config.run.dir / EPISODES_NAME).is_file():
         audit.remember(record for record in each_json_line(config.run.dir / EPISODES_NAME) if record["iteration"] <= done)
     return audit

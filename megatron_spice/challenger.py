@@ -18,9 +18,11 @@ from megatron_spice.checkpoint import store
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.checks import NO_SECOND_ENGINE
 from megatron_spice.config.errors import ConfigError
-from megatron_spice.config.schema import Config
+from megatron_spice.config.schema import Config, GameConfig
+from megatron_spice.corpus.manifest import Manifest
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.game.play import Wording
+from megatron_spice.game.records import Passage
 from megatron_spice.rollout.engine import Engine
 from megatron_spice.rollout.served_model import KEY_VARIABLE, ServedModel
 from megatron_spice.rollout.supervisor import SglangEngine
@@ -51,7 +53,8 @@ def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], t
     """An engine for each of this rank's, which have these numbers among all of the run's. A collective of all ranks.
 
     Raises:
-        ConfigError: on all ranks together; a server is not there, or cannot be used, or the initial weights cannot be written.
+        ConfigError: on all ranks together; a server is not there, cannot be used, or has a context that is shorter than the
+            longest request (`context_needed`), or the initial weights cannot be written.
     """
     urls = config.rollout.challenger.engines
     if not urls and topology.device == "cuda":
@@ -60,7 +63,9 @@ def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], t
         return _colocated(config, topology, numbers, _initial_model(config, topology))
     told = config.rollout.challenger.tokenizer
     vocabulary = (TextTokenizer.from_dir(told) if told else tokenizer).vocab_size
-    context = config.rollout.context_length or config.game.challenger_max_tokens + 1
+    asked = wording(config, tokenizer)
+    assert asked is not None
+    context = context_needed(config.game, asked, 0 if config.game.no_corpus else longest_passage(config.corpus.path))
     key = os.environ.get(KEY_VARIABLE, "")
     found = [ServedModel(urls[number % len(urls)], config.rollout, key, vocabulary, context) for number in numbers]
     problems: list[str] = []
@@ -71,6 +76,22 @@ def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], t
             problems += error.problems
     _raise_together(problems)
     return found
+
+
+def context_needed(game: GameConfig, asked: Wording, longest: int) -> int:
+    """Tokens that the Challenger's longest request may have: instructions, a passage of `longest` tokens, and the completion. The
+    passage is counted as the corpus's tokenizer does, of which another model's may make more."""
+    bare = None if game.no_corpus else Passage(0, 0, "", (), "")
+    prompts = [(asked.style.challenger_prompt(bare, kind), game.challenger_max_tokens) for kind in game.answer_types]
+    if bare is not None and game.format_selection == "model" and len(game.answer_types) > 1:
+        prompts += [(prompt, game.selection_max_tokens) for prompt in [asked.style.selection_prompt(bare)] if prompt is not None]
+    return longest + max(len(asked.tokenizer.encode_prompt(prompt)) + limit for prompt, limit in prompts)
+
+
+def longest_passage(corpus: Path) -> int:
+    """Tokens of a corpus's longest passage by its description; 0 where that does not say."""
+    longest = Manifest.read(corpus).options.get("max_tokens", 0)
+    return longest if isinstance(longest, int) else 0
 
 
 def _colocated(config: Config, topology: Topology, numbers: Sequence[int], model: Path) -> list[Engine]:

@@ -15,11 +15,12 @@ from typing import Any
 from megatron_spice.config.schema import Config
 from megatron_spice.crossplay.matrix import interval
 from megatron_spice.crossplay.players import Player, served
-from megatron_spice.crossplay.session import note, noted, session
+from megatron_spice.crossplay.session import note, noted, refusal, session
 from megatron_spice.curriculum.rows import Run
 from megatron_spice.game.audit.reanswer import grounded_answers
 from megatron_spice.game.play import Table
 from megatron_spice.game.records import Passage, Task
+from megatron_spice.rollout.engine import EngineRefused
 
 FOLDER = "audit"
 PARTS = 4
@@ -30,10 +31,12 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     """Lets `reader` answer up to `tasks` of the run's tasks with their passages in view, `answers` times each.
 
     Lines go to the run's `audit/agreement-NAME.jsonl` with the reader's identity, and are not asked for again; those of
-    another reader of this name do not count. Returns the summary.
+    another reader of this name do not count. A task that the reader's engine refuses (passage and question may be too long for
+    it) is noted with the refusal and left out of all numbers but `refused`. Returns the summary.
 
     Raises:
-        ValueError: there is nothing to ask: no task, or tasks were written without passages.
+        ValueError: there is nothing to ask: no task, or tasks were written without passages; or the reader refused all of them.
+        EngineError: the reader's engine failed.
     """
     if not run.has_corpus:
         raise ValueError(f"{run.folder} wrote its tasks without passages (game.no_corpus=true): nobody can read them again")
@@ -49,16 +52,23 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     async def again(table: Table, item: dict[str, Any]) -> None:
         found = item["passage"]
         passage = Passage(found["index"], found["document"], found["source"], (), found["text"])
-        said = await grounded_answers(table, Task(**item["task"]), passage, answers, f"agreement {item['begun']}")
-        line = {key: item[key] for key in ("iteration", "begun", "slot", "task", "pass_rate")}
-        line |= {"reader": identity, "correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
+        line = {key: item[key] for key in ("iteration", "begun", "slot", "task", "pass_rate")} | {"reader": identity}
+        try:
+            said = await grounded_answers(table, Task(**item["task"]), passage, answers, f"agreement {item['begun']}")
+        except EngineRefused as error:
+            note(path, line | {"refused": refusal(error)})
+            return
+        line |= {"correct": [each.verdict.correct for each in said], "extracted": [each.verdict.extracted for each in said]}
         note(path, line)
 
     if items:
         say(f"{reader.name} answers {len(items)} tasks with their passages in view")
         with served(reader, config, run.folder / FOLDER, device) as (engine, tokenizer):
             asyncio.run(session(config, engine, tokenizer, 0, items, again))
-    return summary(_of(path, identity))
+    found = summary(_of(path, identity))
+    if found["refused"]:
+        say(f"{reader.name} refused {found['refused']} of the tasks, which do not count; why is in {path}")
+    return found
 
 
 def _of(path: Path, reader: str) -> list[dict[str, Any]]:
@@ -83,11 +93,19 @@ def _sample(run: Run, count: int) -> list[dict[str, Any]]:
 
 
 def summary(noted_lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement, with its interval over tasks, and the pass rate of the same tasks, of the whole run and of its parts."""
-    lines = sorted(noted_lines, key=lambda line: (line["iteration"], line["slot"]))
+    """Agreement, with its interval over tasks, and the pass rate of the same tasks, of the whole run and of its parts; `refused`
+    tasks are counted beside.
+
+    Raises:
+        ValueError: all were refused.
+    """
+    answered = [line for line in noted_lines if "refused" not in line]
+    if not answered:
+        raise ValueError(f"all {len(noted_lines)} tasks were refused; the first: {noted_lines[0]['refused']}")
+    lines = sorted(answered, key=lambda line: (line["iteration"], line["slot"]))
     cuts = [number * len(lines) // PARTS for number in range(PARTS + 1)]
     parts = [lines[start:end] for start, end in zip(cuts, cuts[1:]) if start < end]
-    return {"all": _told(lines), "parts": [_told(part) for part in parts]}
+    return {"all": _told(lines), "parts": [_told(part) for part in parts], "refused": len(noted_lines) - len(lines)}
 
 
 def _told(lines: list[dict[str, Any]]) -> dict[str, Any]:

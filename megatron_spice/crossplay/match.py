@@ -5,7 +5,8 @@
     models.json           which model each NAME is
 
 Each Challenger writes its tasks once, so that Reasoners meet the same ones; each model is started once for each part it plays,
-one after the other. Lines are written as they come and not asked for again: a match that was interrupted goes on. The paper
+one after the other. Lines are written as they come and not asked for again: a match that was interrupted goes on. What an engine
+refuses (it may be too long for that model) is noted with the refusal: a passage without a task, a task without answers. The paper
 samples 128 attempts for each of 128 documents and does not say which tasks are then asked: here one valid one a passage, drawn
 at random, as in training.
 """
@@ -25,10 +26,10 @@ from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.crossplay.players import Player, served
-from megatron_spice.crossplay.session import note, noted, session
+from megatron_spice.crossplay.session import note, noted, refusal, session
 from megatron_spice.game.play import Table, answer_task, write_tasks
 from megatron_spice.game.records import Passage, Task
-from megatron_spice.rollout.engine import Engine
+from megatron_spice.rollout.engine import Engine, EngineRefused
 
 SETTINGS = "match.json"
 NAMES = "models.json"
@@ -134,19 +135,28 @@ class Match:
         ]
 
     async def _write(self, player: Player, table: Table, passage: Passage) -> None:
-        answer_type, attempts, _ = await write_tasks(table, passage)
+        path = self._folder / f"tasks-{player.name}.jsonl"
+        about = {"slot": table.seeds[2], "passage": passage.index, "document": passage.document, "source": passage.source}
+        try:
+            answer_type, attempts, _ = await write_tasks(table, passage)
+        except EngineRefused as error:
+            note(path, about | {"attempts": 0, "valid": 0, "task": None, "refused": refusal(error)})
+            return
         valid = [attempt for attempt in attempts if attempt.task is not None]
         task = table.random("task").choice(valid).task if valid else None
-        note(self._folder / f"tasks-{player.name}.jsonl", {
-            "slot": table.seeds[2], "passage": passage.index, "document": passage.document, "source": passage.source,
+        note(path, about | {
             "answer_type": answer_type, "attempts": len(attempts), "valid": len(valid), "task": task and _plain(task),
         })  # fmt: skip
 
     async def _answer(self, player: Player, table: Table, line: dict[str, Any]) -> None:
-        answers = await answer_task(table, Task(**line["task"]), 0)
-        note(self._folder / f"answers-{player.name}.jsonl", {
-            "challenger": line["challenger"], "slot": line["slot"], "correct": [answer.verdict.correct for answer in answers],
-            "extracted": [answer.verdict.extracted for answer in answers],
+        path, about = self._folder / f"answers-{player.name}.jsonl", {"challenger": line["challenger"], "slot": line["slot"]}
+        try:
+            answers = await answer_task(table, Task(**line["task"]), 0)
+        except EngineRefused as error:
+            note(path, about | {"correct": [], "refused": refusal(error)})
+            return
+        note(path, about | {
+            "correct": [answer.verdict.correct for answer in answers], "extracted": [answer.verdict.extracted for answer in answers],
         })  # fmt: skip
 
 

@@ -27,11 +27,13 @@ def interval(values: Sequence[float], seed: int = 0, confidence: float = 0.95) -
 
 
 def matrix(match: Match, challengers: Sequence[Player], reasoners: Sequence[Player]) -> dict[str, Any]:
-    """What was found: by Challenger its validity, and for each pair the pass rate, its interval and the number of tasks."""
+    """What was found: by Challenger its validity, and for each pair the pass rate, its interval and the number of tasks. `refused`:
+    passages and tasks that an engine would not take."""
     written = {
         player.name: {
             "passages": len(lines),
             "with_task": sum(line["task"] is not None for line in lines),
+            "refused": sum("refused" in line for line in lines),
             "valid_share": sum(line["valid"] for line in lines) / max(1, sum(line["attempts"] for line in lines)),
         }
         for player in challengers
@@ -41,10 +43,11 @@ def matrix(match: Match, challengers: Sequence[Player], reasoners: Sequence[Play
     for reasoner in reasoners:
         answers = match.answers(reasoner)
         for challenger in challengers:
-            rates = [fmean(line["correct"]) for line in answers if line["challenger"] == challenger.name]
+            met = [line for line in answers if line["challenger"] == challenger.name]
+            rates = [fmean(line["correct"]) for line in met if "refused" not in line]
             low, high = interval(rates) if rates else (None, None)
             pairs.append({
-                "challenger": challenger.name, "reasoner": reasoner.name, "tasks": len(rates),
+                "challenger": challenger.name, "reasoner": reasoner.name, "tasks": len(rates), "refused": len(met) - len(rates),
                 "pass_rate": fmean(rates) if rates else None, "low": low, "high": high,
             })  # fmt: skip
     sources = {player.name: player.source for player in (*challengers, *reasoners)}

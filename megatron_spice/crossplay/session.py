@@ -12,7 +12,7 @@ from megatron_spice.config.schema import Config
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.game.play import Table, Wording
 from megatron_spice.game.verify import Verifier
-from megatron_spice.rollout.engine import Engine
+from megatron_spice.rollout.engine import Engine, EngineRefused
 from megatron_spice.telemetry.json_lines import read_json_lines
 
 Item = TypeVar("Item")
@@ -52,6 +52,17 @@ async def session(
                 task.cancel()
             await asyncio.gather(watching, *jobs, working, return_exceptions=True)
             await engine.close_requests()
+
+
+def refusal(error: EngineRefused) -> str:
+    """What is noted of a job that the engine refused for what it asks, which it would refuse again.
+
+    Raises:
+        EngineRefused: it was refused for another reason, as a wrong key.
+    """
+    if error.status != 400:
+        raise error
+    return str(error).partition("\n")[0]
 
 
 def note(path: Path, line: dict[str, Any]) -> None:

@@ -25,7 +25,14 @@ class EngineError(RuntimeError):
 
 
 class EngineRefused(EngineError):
-    """An engine answered, and what it said was no: it is there, unlike one that does not answer at all."""
+    """An engine answered, and what it said was no: it is there, unlike one that does not answer at all.
+
+    `status`: HTTP's; 400 is about the request alone (too long, say), so that others may well be served.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class EnginesLost(EngineError):

@@ -60,7 +60,7 @@ class ServedModel(RemoteEngine):
         if self._config.deterministic and not found.samples_by_seeds:
             wrong.append("rollout.deterministic=true needs it to be started with --enable-deterministic-inference")
         if found.context < self._expected.context:
-            wrong.append(f"its context of {found.context} tokens is less than the {self._expected.context} of this run")
+            wrong.append(f"its context of {found.context} tokens is less than the {self._expected.context} that requests of this run may have")
         if wrong:
             raise EngineError(f"engine {self.url} (it serves {found.model}) cannot be used: {'; '.join(wrong)}")
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+from made_corpus import Document, make_corpus
+from scripted_game import GHANA, CodePoints
+
+from megatron_spice.challenger import context_needed, longest_passage
 from megatron_spice.config.checks import check_challenger
 from megatron_spice.config.loader import load_config
+from megatron_spice.config.schema import GameConfig
+from megatron_spice.corpus.manifest import Manifest
+from megatron_spice.game.play import Wording
 
 SERVED = {"challenger": {"engines": ["http://gpu9:30000"]}}
 
@@ -23,6 +31,27 @@ SERVED = {"challenger": {"engines": ["http://gpu9:30000"]}}
 def test_what_cannot_be_is_named(write_recipe, sections, words):
     [problem] = check_challenger(load_config(write_recipe(**sections)))
     assert all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize("style", ["chat", "few_shot"])
+@pytest.mark.parametrize("no_corpus", [False, True])
+def test_a_strong_challenger_needs_room_for_the_longest_passage_the_instructions_and_the_completion(style, no_corpus):
+    game = GameConfig(challenger_max_tokens=50, selection_max_tokens=1, no_corpus=no_corpus)
+    asked = Wording.of(style, CodePoints())
+    passage = None if no_corpus else GHANA
+    prompts = [len(asked.tokenizer.encode_prompt(asked.style.challenger_prompt(passage, kind))) for kind in game.answer_types]
+    assert context_needed(game, asked, 0 if no_corpus else len(GHANA.text)) == max(prompts) + 50
+    chooses = game.model_copy(update={"selection_max_tokens": 5000})
+    assert (context_needed(chooses, asked, 10) > 5000) == (style == "chat" and not no_corpus)
+
+
+def test_the_longest_passage_is_what_the_corpus_was_cut_to(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", [Document("only", [1, 2, 3, 4, 5])])
+    manifest = Manifest.read(corpus)
+    dataclasses.replace(manifest, options={**manifest.options, "max_tokens": 77}).write(corpus)
+    assert longest_passage(corpus) == 77
+    dataclasses.replace(manifest, options={}).write(corpus)
+    assert longest_passage(corpus) == 0
 
 
 @pytest.mark.parametrize("sections", [

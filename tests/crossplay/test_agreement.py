@@ -11,6 +11,7 @@ from curriculum_log import write_run
 from scripted_game import CodePoints, Scripted
 
 from megatron_spice.crossplay import agreement
+from megatron_spice.rollout.engine import EngineRefused
 from tools import audit
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
@@ -78,6 +79,39 @@ def test_what_another_reader_of_the_same_name_answered_does_not_count(run, reade
     assert audit.main(command) == 0 and len(reader.calls) == 8
     told = json.loads((run / "audit" / "audit.json").read_text())["agreement with strong"]["all"]
     assert (told["tasks"], told["agreement"]) == (4, 1.0), "the first one's answers are still there"
+
+
+def refusing(reader: Reader, status: int, numbers: set[int]) -> None:
+    """From here on the reader refuses to read the passages with these numbers."""
+    script = reader.script
+
+    def refuse(prompt: str, call: int) -> list[str]:
+        if int(prompt.rsplit("Passage number ", 1)[1][0]) in numbers:
+            raise EngineRefused(f"engine: POST /generate was answered with {status}: longer than\nits last words", status)
+        return script(prompt, call)
+
+    reader.script = refuse
+
+
+def test_a_task_that_the_reader_refuses_is_noted_and_the_others_are_asked(run, reader, capsys):
+    refusing(reader, 400, {2, 3})
+    command = [str(run), "--reader", "strong=http://gpu7:30000", "--tasks", "8", "--answers", "3"]
+    assert audit.main(command) == 0
+    assert "strong refused 2 of the tasks" in capsys.readouterr().err
+    told = json.loads((run / "audit" / "audit.json").read_text())["agreement with strong"]
+    assert (told["all"]["tasks"], told["all"]["agreement"], told["refused"]) == (6, 0.5, 2)
+    lines = [json.loads(line) for line in (run / "audit" / "agreement-strong.jsonl").read_text().splitlines()]
+    assert [line["refused"] for line in lines if "refused" in line] == ["engine: POST /generate was answered with 400: longer than"] * 2
+    assert audit.main(command) == 0 and len(reader.calls) == 8, "what was refused is not asked again either"
+
+
+def test_a_reader_that_refuses_everything_or_for_another_reason_is_told(run, reader, capsys):
+    refusing(reader, 401, {4})
+    command = [str(run), "--reader", "strong=http://gpu7:30000", "--tasks", "8", "--answers", "3"]
+    assert audit.main(command) == 1 and "401" in capsys.readouterr().err
+    refusing(reader, 400, set(range(8)))
+    assert audit.main([*command[:2], "other=http://gpu7:30000", *command[3:]]) == 2
+    assert "all 8 tasks were refused; the first: engine: POST /generate was answered with 400" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_again_is_named(run, reader, capsys, tmp_path):

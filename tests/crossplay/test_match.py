@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_game import GHANA, CodePoints, Scripted
 
 from megatron_spice.config.loader import load_config
 from megatron_spice.crossplay.match import Match
 from megatron_spice.crossplay.matrix import interval, matrix, table
 from megatron_spice.crossplay.players import Player, check, players
+from megatron_spice.game.play import Table, Wording
+from megatron_spice.game.verify import Verifier
+from megatron_spice.rollout.engine import EngineRefused
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
 
@@ -74,9 +80,38 @@ def test_an_interrupted_match_has_the_rest_to_play_and_its_numbers_are_those_of_
     assert [(line["challenger"], line["slot"]) for line in missing] == [("early", 2), ("late", 2)]
 
     found = matrix(match, [early, late], [late])
-    assert found["challengers"]["early"] == {"passages": 3, "with_task": 2, "valid_share": 3 / 24}
+    assert found["challengers"]["early"] == {"passages": 3, "with_task": 2, "refused": 0, "valid_share": 3 / 24}
     assert [(pair["tasks"], pair["pass_rate"]) for pair in found["pairs"]] == [(1, 0.5), (0, None)]
     assert "0.500 [0.500, 0.500] n=1" in table(found) and "no task" in table(found)
+
+
+def test_what_an_engine_refuses_is_noted_and_counts_in_no_rate(tmp_path):
+    config = load_config(QUICKSTART)
+    match, player = Match(config, tmp_path, 2, 0, "cpu"), Player("one", "http://gpu7:30000")
+
+    def refuse(status: int) -> Callable[[str, int], list[str]]:
+        def script(prompt: str, call: int) -> list[str]:
+            raise EngineRefused(f"was answered with {status}", status)
+
+        return script
+
+    async def played(status: int) -> None:
+        wording = Wording.of("few_shot", CodePoints())
+        async with Verifier(config.game.verifier) as verifier:
+            for slot in range(2):
+                table = Table(Scripted(refuse(status)), verifier, config.game, wording, wording, 1.0, 1.0, (0, 0, slot))
+                await match._write(player, table, GHANA)
+                task = {"question": "Which?", "gold_answer": "x", "answer_type": "String"}
+                await match._answer(player, table, {"challenger": "one", "slot": slot, "task": task})
+
+    with pytest.raises(EngineRefused, match="401"):
+        asyncio.run(played(401))
+    assert match.tasks(player) == []
+    asyncio.run(played(400))
+    assert match._missing_tasks(player) == [] and [line["refused"] for line in match.tasks(player)] == ["was answered with 400"] * 2
+    found = matrix(match, [player], [player])
+    assert found["challengers"]["one"] == {"passages": 2, "with_task": 0, "refused": 2, "valid_share": 0.0}
+    assert [(pair["tasks"], pair["refused"], pair["pass_rate"]) for pair in found["pairs"]] == [(0, 2, None)]
 
 
 def test_other_rules_are_another_match(tmp_path):

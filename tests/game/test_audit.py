@@ -201,6 +201,16 @@ def test_a_question_beyond_the_audited_passages_is_not_remembered_on_resume():
     assert values["audit/duplicates"] == 0.5
 
 
+def test_tasks_that_could_not_be_asked_again_are_counted():
+    read = Attempt(SAID, task("A?"), None, is_reasoner_task=True, grounded_answers=(Answer(SAID, Verdict(True, "", "exact"), 1.0),))
+    unread, other = Attempt(SAID, task("B?"), None, is_reasoner_task=True), Attempt(SAID, task("C?"), None)
+    episodes = [episode(read, other), episode(unread)]
+    values = Audit(4, 100, asks_again=True).metrics(episodes)
+    assert values["audit/not_asked"] == 0.5 and values["audit/agreement"] == 1.0
+    assert "audit/not_asked" not in Audit(4, 100).metrics(episodes)
+    assert "audit/not_asked" not in Audit(4, 100, has_corpus=False, asks_again=True).metrics(episodes)
+
+
 def answers(pattern: str) -> tuple[Answer, ...]:
     return tuple(Answer(SAID, Verdict(each == "1", "", "exact"), float(each)) for each in pattern)
 

@@ -444,6 +444,11 @@ def test_a_task_is_answered_again_with_its_passage_in_view_and_only_then(loop, v
     record = episode_record(audited)
     assert sum("grounded_answers" in attempt for attempt in record["attempts"]) == 1
     assert GHANA.text not in engine.calls[before - 1][0]
+    room = len(wording.tokenizer.encode_prompt(wording.style.grounded_prompt(asked[0].task, GHANA))) + config.reasoner_max_tokens
+    calls = len(engine.calls)
+    short = loop.run_until_complete(reanswered(table, episode, grounded=3, options_only=0, context=room - 1))
+    assert short == episode and len(engine.calls) == calls, "what leaves no room for an answer is not asked"
+    assert loop.run_until_complete(reanswered(table, episode, grounded=3, options_only=0, context=room)) == audited
 
 
 def test_the_majoritys_share_pays_without_regard_to_the_gold_answer(play):

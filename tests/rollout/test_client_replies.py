@@ -13,7 +13,7 @@ import pytest
 
 from megatron_spice.game.records import Sampling
 from megatron_spice.rollout.client import EngineClient
-from megatron_spice.rollout.engine import EngineError
+from megatron_spice.rollout.engine import EngineError, EngineRefused
 
 GOOD = {
     "text": "ab",
@@ -102,5 +102,6 @@ def test_a_malformed_answer_is_an_error_that_shows_it(server: Server, reply: Any
 
 
 def test_a_refusal_and_an_unreadable_length_are_errors_too(server: Server) -> None:
-    with pytest.raises(EngineError, match="answered with 500: out of memory"):
+    with pytest.raises(EngineRefused, match="answered with 500: out of memory") as error:
         ask(server, b"out of memory", status=500)
+    assert error.value.status == 500

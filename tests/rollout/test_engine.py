@@ -14,7 +14,7 @@ import torch
 
 from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout.client import EngineClient
-from megatron_spice.rollout.engine import EngineError
+from megatron_spice.rollout.engine import EngineError, EngineRefused
 from megatron_spice.rollout.supervisor import SglangEngine
 
 PROMPT = [40, 41, 50, 60, 70, 45]
@@ -210,8 +210,9 @@ def test_a_pause_ends_what_runs_and_the_engine_goes_on_afterwards(engine: Sglang
 
 
 def test_what_the_server_refuses_is_an_error_with_its_words(engine: SglangEngine) -> None:
-    with pytest.raises(EngineError, match="(?s)/generate was answered with 400.*longer than"):
+    with pytest.raises(EngineRefused, match="(?s)/generate was answered with 400.*longer than") as error:
         generate(engine, (list(range(4)) * 200, 1, GREEDY))
+    assert error.value.status == 400
 
 
 def test_a_wrong_key_is_refused(engine: SglangEngine) -> None:

@@ -27,11 +27,13 @@ class Audit:
         passages: so many of an iteration's episodes are looked at, the first by when and where they were begun.
         memory: so many questions are remembered.
         has_corpus: whether tasks were written with a passage in view.
+        asks_again: whether the Reasoner's tasks are answered again with their passages in view.
     """
 
-    def __init__(self, passages: int, memory: int, has_corpus: bool = True) -> None:
+    def __init__(self, passages: int, memory: int, has_corpus: bool = True, asks_again: bool = False) -> None:
         self._passages = passages
         self._has_corpus = has_corpus
+        self._asks_again = asks_again
         self._seen = Seen(memory)
 
     def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -55,7 +57,8 @@ class Audit:
         question's first words); `copied_words` on average. Of multiple choice: `letter_chi2`, `letter_p`, `letter_most` (share of the
         most frequent letter, so what always saying it would meet), `longest_option`. Where tasks were answered again: `agreement`
         with the passage in view, `pass_minus_agreement` of the same tasks (far above 0: roles agree on what the passage does
-        not say), `options_only`.
+        not say), `options_only`, and of the Reasoner's tasks the share `not_asked`, for which the context had no room, or which were
+        begun beyond the first passages of an iteration.
         """
         looked = list(episodes[: self._passages])
         valid = [(attempt, episode) for episode in looked for attempt in episode.attempts if attempt.task is not None]
@@ -74,8 +77,13 @@ class Audit:
             "longest_option": _mean([longest for task in tasks if (longest := bias.is_longest_option(task)) is not None]),
             **_letters([task.gold_answer for task in tasks if task.answer_type == "MCQ"]),
             **_answered_again([attempt for attempt, _ in valid]),
+            "not_asked": self._not_asked([attempt for attempt, _ in valid]),
         }
         return {f"audit/{name}": value for name, value in values.items() if value is not None}
+
+    def _not_asked(self, attempts: Sequence[Attempt]) -> float | None:
+        tasks = [attempt for attempt in attempts if attempt.is_reasoner_task]
+        return _mean([not attempt.grounded_answers for attempt in tasks]) if self._asks_again and self._has_corpus else None
 
 
 def _questions(record: Mapping[str, Any]) -> list[str]:
