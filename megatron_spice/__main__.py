@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_spice import doctor, plan
+from megatron_spice import doctor, machine, plan
 from megatron_spice.cluster.children import die_with_parent
 from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.config.checks import check
@@ -110,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
             f"cluster.ranks_per_node={config.cluster.ranks_per_node}, but torchrun started {per_node} ranks on this node; "
             f"give torchrun --nproc-per-node={config.cluster.ranks_per_node}, or start with slurm/spice.sh"
         )
-    architecture = check(config, num_nodes=int(world_size) // per_node)
+    architecture = check(config, num_nodes=int(world_size) // per_node, device=machine.device(config.cluster.device))
     text, too_much = plan.memory(config, architecture, ParallelLayout.of(config.policy, architecture, int(world_size)))
     if os.environ.get("RANK", "0") == "0":  # which writes most, and ends the others if it ends
         room, too_full = checkpoint_room.describe(config, architecture)

@@ -15,6 +15,7 @@ from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
 from megatron_spice.config.schema import Config
+from megatron_spice.config.server_keys import server_key_problems
 
 NO_SECOND_ENGINE = (
     "game.fixed_challenger=true keeps a second engine beside each, which on CUDA would take the memory of the first; serve "
@@ -23,14 +24,18 @@ NO_SECOND_ENGINE = (
 CORPUS_FORMAT = 2  # that of corpus/manifest.py, which a check does not need to load
 
 
-def check(config: Config, num_nodes: int = 1) -> ModelArchitecture:
+def check(config: Config, num_nodes: int = 1, device: str | None = None) -> ModelArchitecture:
     """Judges a recipe as it would run on `num_nodes` nodes, and returns the architecture of its model.
+
+    Args:
+        device: "cpu" or "cuda", where that is known; None: what `cluster.device` says.
 
     Raises:
         ConfigError: it cannot run; the message holds everything that is in the way.
     """
     problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config) + check_offload(config)
     problems += check_remote_engines(config) + check_challenger(config)
+    problems += server_key_problems(config.rollout, device or config.cluster.device)
     architecture = None
     try:
         architecture = read_architecture(config.policy.model)

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,33 @@ SPARE = 2**24
 """Bytes for small files that need not be counted."""
 
 
-def convert(source: Source, target: Target, folder: Path, asked: Mapping[str, Any], processes: int, label: str) -> int:
+class Stopped(RuntimeError):
+    """Whoever asked for a conversion wants it no more; what is whole is kept for another time."""
+
+
+def convert(
+    source: Source, target: Target, folder: Path, asked: Mapping[str, Any], processes: int, label: str,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> int:  # fmt: skip
     """Writes `target` as `folder`.
 
     Args:
         asked: what makes this conversion another than others of the source: direction, format, precision, layout.
+        is_stopped: looked at a few times a second while parts are written, for a caller in another thread, which no signal reaches.
 
     Returns:
         Bytes written, those of earlier runs not counted.
 
     Raises:
         ValueError: `folder` is there, or being written by another process, or was begun otherwise; no space.
+        Stopped: `is_stopped` said so.
     """
+
+    def advance(written: int) -> None:
+        if is_stopped():
+            raise Stopped(f"{folder}: stopped while it was written")
+        progress(written)
+
     if os.path.lexists(folder):
         raise ValueError(f"{folder} exists; remove it or name another target")
     partial = folder.with_name(folder.name + ".partial")
@@ -60,7 +75,7 @@ def convert(source: Source, target: Target, folder: Path, asked: Mapping[str, An
                 lambda part, advance: target.write(part, partial, source, advance),
                 lambda batch: _keep(partial, batch),
                 processes,
-                progress,
+                advance,
             )
             target.finish(partial, [json.loads(_record(partial, part).read_text()) for part in target.parts])
             shutil.rmtree(partial / STATE)

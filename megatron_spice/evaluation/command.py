@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -206,10 +207,21 @@ async def _model(plan: Plan) -> AsyncIterator[models.Model]:
         key = os.environ.get(KEY_VARIABLE, "")
         opened = models.open_endpoint(plan.source, key, options.served_name, plan.style, options.tokenizer, plan.engine.request_timeout)
     else:
-        folder = models.export(Path(plan.source), options.hf, plan.exported)
+        folder = await _export(plan)
         opened = models.serve(folder, plan.style, plan.engine, plan.folder / "engine.log")
     async with opened as model:
         yield model
+
+
+async def _export(plan: Plan) -> Path:
+    """In a thread of its own: signals are the event loop's to handle, which must not stand still for the minutes that this may
+    take. A thread cannot be cancelled, and the command would wait for it: it looks whether it is still wanted."""
+    unwanted = threading.Event()
+    try:
+        return await asyncio.to_thread(models.export, Path(plan.source), plan.options.hf, plan.exported, unwanted.is_set)
+    except asyncio.CancelledError:
+        unwanted.set()
+        raise
 
 
 def _progress(name: str, done: int, total: int) -> None:

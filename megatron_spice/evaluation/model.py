@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,11 +197,12 @@ def check(checkpoint: Path, hf: Path | None) -> None:
     open_source(checkpoint, hf)
 
 
-def export(checkpoint: Path, hf: Path | None, target: Path) -> Path:
+def export(checkpoint: Path, hf: Path | None, target: Path, is_stopped: Callable[[], bool] = lambda: False) -> Path:
     """A Hugging Face folder of a checkpoint: itself if it is one, else made as `target` (which is kept if it is there).
 
     Raises:
         ValueError, FileNotFoundError, ConfigError: it is no checkpoint, or not a whole one.
+        RuntimeError: `is_stopped` said so while it was made; the next export of the checkpoint goes on from there.
     """
     from megatron_spice.convert.find import open_source
     from megatron_spice.convert.hf_target import HFTarget
@@ -212,7 +213,7 @@ def export(checkpoint: Path, hf: Path | None, target: Path) -> Path:
         return checkpoint
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        convert(source, HFTarget(source), target, {"command": "evaluate"}, processes=2, label="export")
+        convert(source, HFTarget(source), target, {"command": "evaluate"}, processes=2, label="export", is_stopped=is_stopped)
     return target
 
 

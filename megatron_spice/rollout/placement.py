@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.schema import Precision, RolloutConfig
+from megatron_spice.config.server_keys import server_key_problems
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.rollout.bucket_loader import LOADER
 
@@ -89,7 +90,7 @@ def server_settings(
         server["json_model_override_args"] = json.dumps({"quantization_config": quantization})
     if topology.device == "cuda":
         server |= {"base_gpu_id": topology.local_rank, "enable_memory_saver": True}
-        return {"server": _with_more(server, config.server), "cpu_threads": None}
+        return {"server": _with_more(server, config, topology), "cpu_threads": None}
     server |= {
         "device": "cpu",
         "attention_backend": "torch_native",
@@ -100,18 +101,18 @@ def server_settings(
         "sleep_on_idle": True,
     }
     threads = threads_per_rank(config)
-    settings = {"server": _with_more(server, config.server), "cpu_threads": threads}
+    settings = {"server": _with_more(server, config, topology), "cpu_threads": threads}
     if config.tensor_parallel_size > 1:
         settings["cpu_binding"] = cpu_binding(sorted(os.sched_getaffinity(0)), config.tensor_parallel_size, threads)
     return settings
 
 
-def _with_more(server: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _with_more(server: dict[str, Any], config: RolloutConfig, topology: Topology) -> dict[str, Any]:
     """The server's settings and those of `rollout.server`.
 
     Raises:
         ConfigError: one of these is decided already, by other keys of the recipe or by what this code relies on.
     """
-    if both := sorted(server.keys() & more.keys() | {"api_key"} & more.keys()):
-        raise ConfigError(f"rollout.server.{both[0]}={more.get(both[0])} is set by this program itself: leave it out")
-    return server | more
+    if problems := server_key_problems(config, topology.device):
+        raise ConfigError(problems)
+    return config.server | server

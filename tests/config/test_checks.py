@@ -26,6 +26,14 @@ def test_layouts_that_fit(write_recipe, tensor, pipeline, ranks):
     assert problems(write_recipe(), *sizes, f"cluster.ranks_per_node={ranks}") == []
 
 
+def test_a_servers_setting_that_only_the_other_device_lacks_is_let_pass(write_recipe):
+    recipe = write_recipe()
+    triton = "rollout.server={attention_backend: triton}"
+    assert problems(recipe, triton) == [], "the device is open, and on CUDA it is free"
+    with pytest.raises(ConfigError, match="rollout.server.attention_backend=triton is set by this program itself: leave it out"):
+        check(load_config(recipe, [triton]), device="cpu")
+
+
 def test_more_nodes_can_hold_what_one_cannot(write_recipe):
     override = "policy.pipeline_parallel_size=6"
     assert problems(write_recipe(), override, nodes=1)
@@ -42,6 +50,9 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
         (["rollout.deterministic=true", "rollout.oversample=1.5"], ["rollout.oversample=1.5", "give rollout.oversample=1"]),
         (["policy.optimizer_offload=0.5", "cluster.device=cpu"], ["policy.optimizer_offload=0.5", "give 0"]),
         (["policy.optimizer_offload=1", "policy.precision=fp32"], ["policy.optimizer_offload=1.0", "policy.precision=bf16"]),
+        (["rollout.server={port: 30000}"], ["rollout.server.port=30000", "leave it out"]),
+        (["rollout.server={attention_backend: triton}", "cluster.device=cpu"], ["rollout.server.attention_backend=triton"]),
+        (["rollout.server={base_gpu_id: 1}", "cluster.device=cuda"], ["rollout.server.base_gpu_id=1"]),
         (["policy.tensor_parallel_size=2"], ["policy.tensor_parallel_size=2", "num_attention_heads=9", "[1, 3]"]),
         (
             ["policy.pipeline_parallel_size=32", "cluster.ranks_per_node=32"],

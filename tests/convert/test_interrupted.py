@@ -96,6 +96,27 @@ def test_it_goes_on_where_it_was_stopped(model, tmp_path, kind, how):
     assert not any(".convert" in str(name) for name in files) and not (tmp_path / "out.partial").exists()
 
 
+def test_one_that_is_not_wanted_any_more_ends_with_its_processes_and_is_gone_on_with(model, tmp_path):
+    source, folder = open_source(model), tmp_path / "out"
+    made = HFTarget(source)
+    write = made.write
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return write(*arguments)
+
+    made.write = slowly
+    records = tmp_path / "out.partial" / job.STATE
+    with pytest.raises(job.Stopped, match="out: stopped while it was written"):
+        job.convert(source, made, folder, {}, 1, "test", is_stopped=lambda: any(records.glob("part-*")))
+    kept = len(list(records.glob("part-*")))
+    assert 1 <= kept < len(made.parts) and not folder.exists() and not psutil.Process().children()
+    written: list[int] = []
+    _convert(model, "hf", folder, written)
+    assert len(written) == len(made.parts) - kept
+    assert_same_model(model, folder)
+
+
 def test_a_source_that_changed_meanwhile_or_another_request_is_refused(model, tmp_path):
     with pytest.raises(ValueError):
         _convert(model, "hf", tmp_path / "out", [], fail_at=2, how=_no_space)

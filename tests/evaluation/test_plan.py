@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +38,7 @@ def planned(tmp_path, monkeypatch):
 def test_what_was_exported_of_one_model_is_not_served_as_another(planned, tmp_path, monkeypatch):
     served = []
 
-    def export(checkpoint: Path, hf: Path | None, target: Path) -> Path:
+    def export(checkpoint: Path, hf: Path | None, target: Path, is_stopped: Callable[[], bool]) -> Path:
         served.append(target)
         raise ValueError("enough")
 
@@ -49,6 +53,26 @@ def test_what_was_exported_of_one_model_is_not_served_as_another(planned, tmp_pa
             log.unlink()
     assert len(set(served)) == 4 and served[-1] == served[-2], "the same model, as it is, finds its own again"
     assert all(folder.parent == tmp_path / "out" for folder in served)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_export_that_would_take_long(planned, monkeypatch, capsys, number):
+    looked = []
+
+    def export(checkpoint: Path, hf: Path | None, target: Path, is_stopped: Callable[[], bool]) -> Path:
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 60
+        while not is_stopped():
+            assert time.monotonic() < deadline, "nobody has told it to stop"
+            time.sleep(0.02)
+        looked.append(target)
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(command.models, "export", export)
+    plan, began = planned("a"), time.monotonic()
+    assert command.run(plan.options) == 130
+    assert looked == [plan.exported] and time.monotonic() - began < 20
+    assert "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_the_same_iteration_of_two_runs_has_two_folders():

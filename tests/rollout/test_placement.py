@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spice.cluster.topology import Topology
+from megatron_spice.config import server_keys
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.rollout.placement import cpu_binding, hosted_engine, remote_engines, server_settings, threads_per_rank
@@ -45,6 +46,14 @@ def test_more_of_the_servers_settings_can_be_given_but_not_those_that_others_rel
         for name in ("port", "load_format", "api_key"):
             with pytest.raises(ConfigError, match=f"rollout.server.{name}=1 is set by this program"):
                 settings(device, server={name: 1})
+
+
+def test_the_settings_that_a_recipe_may_not_give_are_those_that_are_made() -> None:
+    for device in ("cpu", "cuda"):
+        assert settings(device)["server"].keys() | {"api_key"} == server_keys.ALWAYS | server_keys.ON[device]
+    topology = Topology(device="cpu")
+    made = server_settings(RolloutConfig(weights="fp8"), topology, "fp8", Path("m"), port=1, rendezvous_port=2, quantization={})
+    assert server_keys.QUANTIZED in made["server"]
 
 
 def test_an_engine_samples_by_seeds_only_if_asked() -> None:
