@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,12 +27,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from megatron_spice.cluster.aside import NoAnswer, answer
 from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.cluster.scratch import cache_folders
 from megatron_spice.config.errors import EXIT_CODE as REFUSED
 from megatron_spice.telemetry import rank_log, rank_logs
 
 RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
+_PATIENCE = 30.0  # seconds in which a file system that lives gives the logs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,18 +112,32 @@ def _failed(error: ChildFailedError) -> int:
         return INTERRUPTED
     if codes == {REFUSED}:
         return 1
-    run_dir = os.environ.get(RUN_DIR_VARIABLE)
-    for rank, failure in failures.items():
-        if run_dir and failure.exitcode < 0:
-            rank_log.mark(rank_log.path_of(Path(run_dir), rank), rank_log.KILLED, f"by {_signal(failure)}")
-    logs = [log for log in rank_logs.read(Path(run_dir)) if log.rank in failures] if run_dir else []
-    cause = rank_logs.first_cause(logs)
+    logs = _logs(failures)
+    cause = rank_logs.first_cause([log for log in logs if log.rank in failures])
     rank = cause.rank if cause is not None else min(failures, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
     print(f"spice: rank {rank} on {rank_log.host_name()} (process {failure.pid}) {_story(failure)}", file=sys.stderr)
     if "SLURM_JOB_ID" not in os.environ and cause is not None:
-        print(f"spice: {rank_logs.told(rank_logs.read(Path(run_dir or '.')))}", file=sys.stderr)
+        print(f"spice: {rank_logs.told(logs)}", file=sys.stderr)
     return 1
+
+
+def _logs(failures: Mapping[int, ProcessFailure]) -> list[rank_logs.RankLog]:
+    """The run's, with the word that killed ranks could not add; none where their file system gives none."""
+    if not (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
+        return []
+
+    def marked() -> list[rank_logs.RankLog]:
+        for rank, failure in failures.items():
+            if failure.exitcode < 0:
+                rank_log.mark(rank_log.path_of(Path(run_dir), rank), rank_log.KILLED, f"by {_signal(failure)}")
+        return rank_logs.read(Path(run_dir))
+
+    try:
+        return answer(marked, _PATIENCE)
+    except NoAnswer:
+        print(f"spice: {rank_log.folder_of(Path(run_dir))} gave no log for {_PATIENCE:.0f} s: is its file system dead?", file=sys.stderr)
+        return []
 
 
 def _signal(failure: ProcessFailure) -> str:

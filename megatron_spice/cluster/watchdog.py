@@ -16,6 +16,7 @@ has changed since; a thousand ranks are a few hundred small requests a second at
 not in rank 0. If it does not answer, each rank tells its own part and ends. Time is counted in looks: a job that
 was suspended owes nothing. Long work is no hang as long as it says `moved()`; during rollout, engines that work are movement (and
 one that does not is `rollout.hang_timeout`'s). A rank stuck in C code with Python's lock cannot speak, and is named by its silence.
+The file system of the logs may be what has died: nobody waits for a write, and the job's log is told before the rank's own.
 """
 
 from __future__ import annotations
@@ -24,19 +25,18 @@ import contextlib
 import faulthandler
 import json
 import os
-import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from megatron_spice.cluster import verdict
+from megatron_spice.cluster.aside import Aside, NoAnswer, answer
 from megatron_spice.cluster.exit_codes import HUNG
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.cluster.verdict import Place
@@ -45,7 +45,8 @@ from megatron_spice.cluster.whereabouts import HERE, Whereabouts
 
 _ALARM, _TELLER, _TOLD = "watchdog/alarm", "watchdog/teller", "watchdog/told"
 _LONGEST_LOOK = 10.0
-_PATIENCE = 10.0  # seconds that the store may take to answer
+_PATIENCE = 10.0  # seconds that the store may take to answer, and files to take the last words
+_MOMENT = 1.0  # seconds in which files that live take a few lines; others wait for this rank's word meanwhile
 
 
 class StoreSilent(RuntimeError):
@@ -61,7 +62,7 @@ class Watchdog:
         host: this node's name.
         log_of: a rank's log.
         mark: adds to this rank's log why it ended.
-        tell: says a line in the job's log.
+        tell: says a line in the job's log, and then in this rank's.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Watchdog:
         self._phase, self._phase_began = here.phase, time.time()
         self._still = 0.0
         self._published: str | None = None
+        self._log, self._console = Aside(), Aside()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -133,33 +135,46 @@ class Watchdog:
         mine = json.dumps(place.record())
         tells = self._ask(lambda: self._store.add(_TELLER, 1)) == 1
         if not tells:  # before the others know: the first that ends has the launcher end the rest of its node
-            self._mark(f"ended by the watchdog: {place.words()}")
+            self._log.later(lambda: self._mark(f"ended by the watchdog: {place.words()}"))
+        self._log.wait(_MOMENT)
         self._ask(lambda: self._store.set(f"watchdog/report/{self._topology.rank}", mine))
+        told = self._verdict() if tells else self._wait_to_be_told()
         if tells:
-            told = self._verdict()
-            self._mark(f"Hang: {told['words']}")
-            self._tell(told["words"])
+            self._say(told["words"], f"Hang: {told['words']}")
             self._ask(lambda: self._store.set(_TOLD, json.dumps(told)))
-        else:
-            told = self._wait_to_be_told()
-            if told is None:
-                self._tell(f"the run hangs; {place.words()}; nobody has told more")
+        elif told is None:
+            self._say(f"the run hangs; {place.words()}; nobody has told more")
         for record in (told or {}).get("silent", []):
             self._kill_mate(record)
-        os._exit(HUNG)
+        self._end()
 
     def _tell_alone(self, why: str) -> None:
         place = self._place()
         self._dump_stacks(place)
         words = f"no progress for {self._still:.0f} s (cluster.timeout): {place.words()}, and {why}"
-        self._mark(f"ended by the watchdog: {words}")
-        self._tell(f"{words}; stacks: {self._log_of(self._topology.rank)}")
-        os._exit(HUNG)
+        self._say(f"{words}; stacks: {self._log_of(self._topology.rank)}", f"ended by the watchdog: {words}")
+        self._end()
+
+    def _say(self, words: str, mark: str | None = None) -> None:
+        self._console.later(lambda: self._tell(words))
+        if mark is not None:
+            self._log.later(lambda: self._mark(mark))
+        for each in (self._console, self._log):
+            each.wait(_MOMENT)
 
     def _dump_stacks(self, place: Place) -> None:
-        print(f"watchdog: {place.words()}; stacks of all threads:", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError, ValueError):
-            faulthandler.dump_traceback(2, all_threads=True)
+        """Into memory first: `faulthandler` has Python's lock while it writes, and would stop all threads with its file."""
+        with open(os.memfd_create("stacks"), "rb+") as memory:
+            faulthandler.dump_traceback(memory, all_threads=True)
+            memory.seek(0)
+            stacks = memory.read()
+        self._log.later(lambda: _write(2, f"watchdog: {place.words()}; stacks of all threads:\n".encode(errors="replace") + stacks))
+
+    def _end(self) -> NoReturn:
+        deadline = time.monotonic() + _PATIENCE
+        for each in (self._console, self._log):
+            each.wait(max(deadline - time.monotonic(), 0.0))
+        os._exit(HUNG)
 
     def _verdict(self) -> dict[str, Any]:
         """Waits until all have told where they are, or had the time to see the alarm and do so."""
@@ -208,20 +223,15 @@ class Watchdog:
         return json.loads(self._ask(lambda: self._store.get(key)))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """An answer of the store, which may hang: then the question is left to a thread of its own."""
-        answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put((question(), None))
-            except Exception as error:
-                answers.put((None, error))
-
-        threading.Thread(target=ask, name="watchdog's question", daemon=True).start()
+        """An answer of the store, which may hang."""
         try:
-            answer, error = answers.get(timeout=_PATIENCE)
-        except queue.Empty:
+            return answer(question, _PATIENCE)
+        except NoAnswer:
             raise StoreSilent(f"the store on the first node does not answer for {_PATIENCE:.0f} s") from None
-        if error is not None:
+        except Exception as error:
             raise StoreSilent(f"the store on the first node is gone ({type(error).__name__})") from error
-        return answer
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]

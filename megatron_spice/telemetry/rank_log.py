@@ -68,15 +68,25 @@ def mark_line(how: str, reason: str = "") -> str:
     return f"{MARK}{now} {how} {words[:MAX_REASON]}".rstrip() + "\n"
 
 
-_console: int | None = None  # where `tell` writes besides, on ranks whose `print` does not go there
+_console: int | None = None  # the job's log, as long as this process's output goes to its own
 
 
 def tell(text: str) -> None:
-    """Says a line in this rank's log and in the job's."""
-    print(text, flush=True)
-    if _console is not None:
-        with contextlib.suppress(OSError):
-            os.write(_console, f"{text}\n".encode(errors="replace"))
+    """Says a line in the job's log and in this rank's. The rank's is second, and both are without Python's streams: a log that
+    does not take it blocks for ever whoever writes there, and so does the stream's lock, which a thread may hold that does."""
+    if _console is None:
+        print(text, flush=True)
+        return
+    for target in (_console, 1):
+        _write(target, f"{text}\n")
+
+
+def _write(target: int, text: str) -> None:
+    """All of it; what the target does not take is lost."""
+    data = text.encode(errors="replace")
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(target, data) :]
 
 
 class RankLog:
@@ -111,7 +121,7 @@ class RankLog:
         os.close(file)
         sys.stdout, sys.stderr = _Lines(1, console) if self._is_first else _Lines(1), _Lines(2)
         global _console
-        _console = None if self._is_first else console
+        _console = console
         faulthandler.enable(2)
         mark(self.path, BEGAN, self._who)
         return self
@@ -190,7 +200,4 @@ class _Lines(io.TextIOBase):
 
     def _send(self, text: str) -> None:
         for target in self._targets if text else ():
-            data = text.encode(errors="replace")
-            with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(target, data) :]
+            _write(target, text)

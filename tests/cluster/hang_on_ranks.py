@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_spice.cluster import watchdog
 from megatron_spice.cluster.distributed import process_group
 from megatron_spice.cluster.topology import from_environment
-from megatron_spice.cluster.watchdog import Watchdog
 from megatron_spice.cluster.whereabouts import HERE, moved
 from megatron_spice.telemetry import rank_log
 from megatron_spice.telemetry.timer import PhaseTimer
@@ -26,18 +26,32 @@ def ask_for_ever() -> None:
     time.sleep(600)
 
 
+def fill(log: Path) -> None:
+    """Of a named pipe that nobody reads: what is written from here on never returns, as on a file system that has died."""
+    pipe = os.open(log, os.O_WRONLY | os.O_NONBLOCK)
+    for size in (4096, 1):
+        try:
+            while True:
+                os.write(pipe, b"." * size)
+        except BlockingIOError:
+            pass
+    os.close(pipe)
+
+
 def main(how: str, run_dir: Path) -> None:
     topology = from_environment("cpu")
+    if how == "dead log":
+        watchdog._PATIENCE = 2.0
     with rank_log.RankLog(run_dir, topology.rank, topology.world_size, interrupted_code=75), process_group(topology, TIMEOUT) as store:
-        watchdog = Watchdog(
+        guard = watchdog.Watchdog(
             topology, store, TIMEOUT, host=f"node{topology.node_rank}", log_of=lambda rank: rank_log.path_of(run_dir, rank),
             mark=lambda why: rank_log.mark(rank_log.path_of(run_dir, topology.rank), rank_log.FAILED, why), tell=rank_log.tell,
         )  # fmt: skip
-        with watchdog:
-            _iterate(how, topology.rank, PhaseTimer(on_phase=HERE.enter))
+        with guard:
+            _iterate(how, topology.rank, PhaseTimer(on_phase=HERE.enter), rank_log.path_of(run_dir, topology.rank))
 
 
-def _iterate(how: str, rank: int, timer: PhaseTimer) -> None:
+def _iterate(how: str, rank: int, timer: PhaseTimer, log: Path) -> None:
     with timer.phase("sync"):
         dist.barrier()
     with timer.phase("play"):
@@ -48,6 +62,10 @@ def _iterate(how: str, rank: int, timer: PhaseTimer) -> None:
     with timer.phase("train"):
         dist.all_reduce(torch.ones(1))
         time.sleep(0.3)  # so that all have said that they are here
+        if how == "dead log":
+            fill(log)
+            if rank == 1:
+                print("a word that never gets there")
         if how == "sleep" and rank == 1:
             ask_for_ever()
         if how == "stop" and rank == 0:

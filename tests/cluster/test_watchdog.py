@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spice.cluster import verdict
+from megatron_spice.cluster.exit_codes import HUNG
 from megatron_spice.cluster.verdict import Place
 from megatron_spice.telemetry import rank_log, rank_logs
 
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.timeout(120)
 def run(how: str, run_dir: Path, ranks: int = 3) -> tuple[subprocess.CompletedProcess[str], float]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment |= {"PYTHONPATH": str(ROOT), "SPICE_RUN_DIR": str(run_dir), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_spice.launch", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    launcher = "import sys; from megatron_spice import launch; launch._PATIENCE = 2.0; sys.exit(launch.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", launcher, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     command += [str(Path(__file__).with_name("hang_on_ranks.py")), how, str(run_dir)]
     began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
@@ -51,6 +53,24 @@ def test_a_stopped_first_rank_is_named_by_its_silence_and_ended(tmp_path):
     assert "rank 0 (node0) gives no sign of life: it has been in train for" in told and ", stopped)" in told
     assert "rank 1 waits in all_reduce of train" in told and "the silent ones have none" in told
     assert "Hang: the run hangs" in done.stderr.splitlines()[-1], "and not that it was killed then"
+
+
+def test_a_log_that_takes_nothing_does_not_keep_the_run_from_its_end(tmp_path):
+    """One rank is in a `print` to it, with the stream's lock; the other has to tell, and cannot write to its own either."""
+    rank_log.folder_of(tmp_path).mkdir()
+    pipes = []
+    for rank in (0, 1):
+        os.mkfifo(rank_log.path_of(tmp_path, rank))
+        pipes.append(os.open(rank_log.path_of(tmp_path, rank), os.O_RDWR))  # never read
+    try:
+        done, seconds = run("dead log", tmp_path, ranks=2)
+    finally:
+        for pipe in pipes:
+            os.close(pipe)
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("the run hangs")]
+    assert "rank 1 (node0) has been in train for" in told and "rank_log.py:" in told and "rank 0 waits in all_reduce of train" in told
+    assert done.returncode == 1 and seconds < 40, done.stderr
+    assert f"ended with exit code {HUNG}" in done.stderr and "gave no log for 2 s" in done.stderr
 
 
 def place(rank: int, waits: str | None, phase: str = "train") -> Place:
