@@ -1,8 +1,8 @@
 """What this machine has, what is missing for which recipe, and how to get it: `python -m megatron_spice doctor`.
 
 Packages are looked up by their metadata, not imported: the doctor must answer on machines where importing one of them
-would crash. The one question that needs an import, whether torch itself sees the GPUs, is asked in a child process, and
-only where `nvidia-smi` lists some.
+would crash. Two questions need an import: whether torch itself sees the GPUs, and whether Transformer Engine, whose libraries
+must fit torch's, can be used at all. They are asked in child processes, and only where `nvidia-smi` lists some.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from megatron_spice import machine
@@ -46,6 +47,8 @@ class Package:
     remedy: str = INSTALL
 
 
+ENGINE = Package("transformer-engine", ("transformer-engine",), "cuda", "FP8 and fused layers")
+ENGINE_REMEDY = f"{INSTALL}, and no other CUDA libraries in LD_LIBRARY_PATH"
 PACKAGES = (
     Package("torch", ("torch",), "always", "tensors"),
     Package("megatron-core", ("megatron-core",), "always", "the policy"),
@@ -53,7 +56,7 @@ PACKAGES = (
     Package("transformers", ("transformers",), "always", "tokenizers, model folders"),
     Package("math-verify", ("math-verify",), "always", "scores Integer and Expression answers"),
     Package("tensorboard", ("tensorboard",), "always", "metrics (telemetry.tensorboard)"),
-    Package("transformer-engine", ("transformer-engine",), "cuda", "FP8 and fused layers"),
+    ENGINE,
     Package("flashinfer", ("flashinfer-python", "flashinfer"), "cuda", "SGLang's attention"),
     Package("sglang kernels", ("sglang-kernel", "sgl-kernel"), "cuda", "SGLang's CUDA kernels"),
     Package("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "never", "corpus loading", "pip install nvidia-dali-cuda130"),
@@ -132,6 +135,8 @@ def _batch_system() -> list[Finding]:
 
 def _package(package: Package, has_gpu: bool) -> Finding:
     found = machine.first_version(*package.distributions)
+    if found and package is ENGINE and has_gpu and (failure := _engine_failure()):
+        return Finding(package.title, "wrong", f"{found}, cannot be imported: {failure}", ENGINE_REMEDY)
     if found:
         return Finding(package.title, "ok", found)
     needed = package.needed == "always" or (package.needed == "cuda" and has_gpu)
@@ -167,14 +172,32 @@ def _fp8(recipe: str, gpus: list[machine.Accelerator]) -> Finding:
     obstacles = _fp8_obstacles(recipe)
     if obstacles:
         return Finding(name, "missing", "", "\n".join(obstacles))
-    engine, capability = machine.first_version("transformer-engine"), machine.compute_capability()
+    engine, capability = machine.first_version(*ENGINE.distributions), machine.compute_capability()
     gpu = "of unknown compute capability" if capability is None else "of compute capability {}.{}".format(*capability)
     return Finding(name, "ok", f"Transformer Engine {engine}, GPUs {gpu}, CUDA {machine.torch_cuda()}")
 
 
 def _fp8_obstacles(recipe: str) -> list[str]:
-    engine = machine.first_version("transformer-engine")
-    return fp8_obstacles(recipe, engine, machine.compute_capability(), machine.torch_cuda())
+    engine = machine.first_version(*ENGINE.distributions)
+    found = fp8_obstacles(recipe, engine, machine.compute_capability(), machine.torch_cuda())
+    return [*found, *_broken_engine()]
+
+
+@cache
+def _engine_failure() -> str | None:
+    """What keeps the Transformer Engine that is installed from being imported after torch, as the policy does; None: nothing."""
+    return machine.import_failure("torch", "transformer_engine.pytorch")
+
+
+def _broken_engine() -> list[str]:
+    """That Transformer Engine is installed and of no use, if so."""
+    version = machine.first_version(*ENGINE.distributions)
+    failure = version and _engine_failure()
+    return [f"Transformer Engine {version} is installed and cannot be imported ({failure}): {ENGINE_REMEDY}"] if failure else []
+
+
+def _has_engine() -> bool:
+    return machine.first_version(*ENGINE.distributions) is not None and not _broken_engine()
 
 
 def _fused_optimiser(gpus: list[machine.Accelerator]) -> Finding:
@@ -184,7 +207,7 @@ def _fused_optimiser(gpus: list[machine.Accelerator]) -> Finding:
         return Finding(name, "absent", "torch's AdamW; fused ones are for GPUs")
     if machine.apex().state == "nvidia":
         return Finding(name, "ok", "Apex FusedAdam")
-    if machine.first_version("transformer-engine"):
+    if _has_engine():
         return Finding(name, "ok", "Transformer Engine FusedAdam")
     return Finding(name, "missing", "torch's AdamW", f"Transformer Engine has one: {INSTALL}. {APEX_REMEDY}")
 
@@ -195,7 +218,7 @@ def _gradient_fusion(gpus: list[machine.Accelerator]) -> Finding:
     name = "weight-gradient fusion"
     if not gpus:
         return Finding(name, "absent", "torch: a gradient, then an addition; fused ones are for GPUs")
-    if machine.first_version("transformer-engine"):
+    if _has_engine():
         return Finding(name, "ok", "Transformer Engine, in its layers")
     if machine.apex().state == "nvidia" and machine.has_module("fused_weight_gradient_mlp_cuda"):
         return Finding(name, "ok", "Apex, in Megatron's layers")
@@ -228,8 +251,8 @@ def _lacks(config: Config, gpus: list[machine.Accelerator]) -> list[str]:
         needed = package.needed == "always" or (package.needed == "cuda" and gpus and config.cluster.device != "cpu")
         if needed and machine.first_version(*package.distributions) is None:
             lacks.append(f"{package.title} is not installed: {package.remedy}")
-    if gpus and config.cluster.device != "cpu" and config.policy.precision == "fp8":
-        lacks += _fp8_obstacles(config.policy.fp8.recipe)
+    if gpus and config.cluster.device != "cpu":
+        lacks += _fp8_obstacles(config.policy.fp8.recipe) if config.policy.precision == "fp8" else _broken_engine()
     if config.cluster.device == "cuda" and len(gpus) < config.cluster.ranks_per_node:
         lacks.append(f"{config.cluster.ranks_per_node} GPUs a node (cluster.ranks_per_node), this machine has {len(gpus)}")
     return lacks

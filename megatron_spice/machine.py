@@ -12,7 +12,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -121,6 +123,27 @@ def first_version(*distributions: str) -> str | None:
 def has_module(name: str) -> bool:
     """Whether a top-level module could be imported; it is not."""
     return importlib.util.find_spec(name) is not None
+
+
+def import_failure(*modules: str, timeout: float = 120.0) -> str | None:
+    """What keeps modules from being imported, one after the other, None if nothing does: the last line of a process of its own
+    that tries, the signal that ended it, or that it took more than `timeout` seconds."""
+    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as child:
+        try:
+            said = child.communicate(timeout=timeout)[1].strip()
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # and what it has started, which may hold its output open
+            return f"not imported within {timeout:g} s"
+    if child.returncode == 0:
+        return None
+    last = said.splitlines()[-1][:500] if said else ""
+    if child.returncode > 0:
+        return last or f"exit code {child.returncode}"
+    name = signal.Signals(-child.returncode).name if -child.returncode in list(signal.Signals) else -child.returncode
+    return ", ".join(filter(None, [f"ended by signal {name}", last]))
 
 
 def torch_cuda() -> str | None:

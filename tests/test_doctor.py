@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,21 +94,25 @@ def test_gpus_and_slurm_are_read_from_their_tools(tmp_path):
 
 
 def gpu_machine(
-    path: Path, capability: str = "9.0", engine: str | None = "2.9.0", cuda: str | None = "13.0"
+    path: Path, capability: str = "9.0", engine: str | None = "2.9.0", cuda: str | None = "13.0", engine_code: str = ""
 ) -> dict[str, dict[str, dict[str, str]]]:
-    """The doctor's report on a made-up machine with a GPU: its tools and its installed packages stand in `path`."""
+    """The doctor's report on a made-up machine with a GPU: its tools and its installed packages stand in `path`. Its torch can be
+    imported by a child process alone, its Transformer Engine does `engine_code` when it is."""
     bin, site = path / "bin", path / "site"
     for folder in (bin, site / "torch"):
         folder.mkdir(parents=True, exist_ok=True)
     answers = f"*compute_cap*) echo {capability};; *) echo 'NVIDIA H100, 81559, 580.10';;"
     executable(bin / "nvidia-smi", f'case "$*" in {answers} esac')
-    (site / "torch" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (site / "torch" / "__init__.py").write_text("import sys\nif sys.argv[0] != '-c': raise RuntimeError('must not be imported')")
     lines = ["__version__ = '2.13.0'", f"cuda: Optional[str] = {cuda!r}", "cuda_x = '1.0'", ""]
     (site / "torch" / "version.py").write_text("\n".join(lines))
     if engine:
         metadata = site / f"transformer_engine-{engine}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {engine}\n")
+        (site / "transformer_engine" / "pytorch").mkdir(parents=True)
+        (site / "transformer_engine" / "__init__.py").touch()
+        (site / "transformer_engine" / "pytorch" / "__init__.py").write_text(f"import torch, os, sys\n{engine_code}\n")
     return report(path=bin, python_path=site)
 
 
@@ -134,6 +139,41 @@ def test_without_transformer_engine_a_gpu_has_no_fp8_and_nothing_fused(tmp_path)
     rows = gpu_machine(tmp_path, engine=None, cuda=None)["training"]
     assert "not installed" in rows["FP8 delayed"]["remedy"] and "found none" in rows["FP8 delayed"]["remedy"]
     assert rows["fused optimiser"]["state"] == rows["weight-gradient fusion"]["state"] == "missing"
+
+
+UNDEFINED = "transformer_engine.so: undefined symbol: cublasLtGroupedMatrixLayoutInit_internal, version libcublasLt.so.13"
+
+
+@pytest.mark.parametrize(("code", "words"), [
+    (f"raise OSError('{UNDEFINED}')", f"OSError: {UNDEFINED}"),
+    ("print('no such driver', file=sys.stderr, flush=True); os.abort()", "ended by signal SIGABRT, no such driver"),
+])  # fmt: skip
+def test_a_transformer_engine_that_cannot_be_imported_is_wrong_and_says_why(tmp_path, code, words):
+    found = gpu_machine(tmp_path, engine_code=code)
+    engine = found["packages"]["transformer-engine"]
+    assert engine["state"] == "wrong" and engine["value"] == f"2.9.0, cannot be imported: {words}" and "LD_LIBRARY_PATH" in engine["remedy"]
+    rows = found["training"]
+    for recipe in ("blockwise", "tensorwise", "delayed"):
+        assert rows[f"FP8 {recipe}"]["state"] == "missing" and words in rows[f"FP8 {recipe}"]["remedy"]
+    assert rows["fused optimiser"]["state"] == rows["weight-gradient fusion"]["state"] == "missing"
+    for recipe in ("qwen3-8b-1n8g-tp2pp1-fp8.yaml", "qwen3-4b-1n8g-tp2pp1-bf16.yaml"):
+        assert words in found["recipes"][recipe]["remedy"]
+
+
+def test_an_import_that_does_not_end_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    began = time.monotonic()
+    assert machine.import_failure("endless", timeout=1.0) == "not imported within 1 s"
+    assert time.monotonic() - began < 20
+    assert machine.import_failure("json", "os") is None
+    assert machine.import_failure("json", "no_such_module") == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+@pytest.mark.skipif(bool(machine.accelerators()), reason="this machine has GPUs")
+def test_a_broken_transformer_engine_is_nobodys_business_without_a_gpu(tmp_path):
+    gpu_machine(tmp_path, engine_code="raise OSError('broken')")
+    assert report(python_path=tmp_path / "site")["packages"]["transformer-engine"]["state"] == "ok"
 
 
 def test_nvidias_apex_comes_first_for_the_optimiser(tmp_path):
