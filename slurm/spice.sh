@@ -111,9 +111,15 @@ address_of() {
   echo "${address:-$1}"
 }
 
+# Nothing where there is none; fails where the file system does not answer (124), which must not keep a job that has ended.
 newest_checkpoint() {
-  [ ! -d "$SPICE_RUN_DIR/checkpoints" ] ||
-    find "$SPICE_RUN_DIR/checkpoints" -maxdepth 1 -name 'iteration_*' ! -name '*.partial' | sort | tail -n 1
+  { timeout 60 find "$SPICE_RUN_DIR/checkpoints" -maxdepth 1 -name 'iteration_*' ! -name '*.partial' 2>/dev/null || [ $? -ne 124 ]; } |
+    sort | tail -n 1
+}
+
+has_come_further() {
+  local newest
+  newest="$(newest_checkpoint)" && [ "$newest" != "$before" ]
 }
 
 first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")"
@@ -128,7 +134,7 @@ elif [ -n "${SPICE_CONTAINER:-}" ]; then
   step+=(--container-image="$SPICE_CONTAINER" --container-mounts="$root:$root,$PWD:$PWD${SPICE_MOUNTS:+,$SPICE_MOUNTS}" --container-workdir="$PWD")
 fi
 
-before="$(newest_checkpoint)"
+before="$(newest_checkpoint)" || fail "$SPICE_RUN_DIR/checkpoints gives no answer: is its file system dead?"
 limit_is_near='' told_to_end='' woken=''
 # Slurm wakes this shell alone; the ranks hear of it from here.
 trap 'woken=yes limit_is_near=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
@@ -150,11 +156,11 @@ done
 
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
   # Each node's launcher has spoken for its own ranks, in any order; this is the line to read.
-  "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
+  timeout 60 "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
 fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
   exit "$status"
-elif [ -n "$limit_is_near" ] || [ "$(newest_checkpoint)" != "$before" ]; then
+elif [ -n "$limit_is_near" ] || has_come_further; then
   printf 'spice.sh: requeued (restart %d)\n' "$((${SLURM_RESTART_COUNT:-0} + 1))"
   scontrol requeue "$SLURM_JOB_ID"
 fi

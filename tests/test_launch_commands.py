@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def test_a_script_starts_what_it_did(name: str, tmp_path: Path, request: pytest.
     if site:
         (recorder.house / "slurm" / "site.sh").write_text(site)
     assert_as_before(name, recorder.story(script, arguments, **more), request.config.getoption("--rewrite-snapshots"))
+
+
+def test_a_file_system_that_has_died_ends_the_job_without_another_start(tmp_path: Path) -> None:
+    """It answers before the ranks start, and not when they have failed."""
+    recorder = Recorder(tmp_path, CPU)
+    script, find = recorder.house / "slurm" / "spice.sh", recorder.programs / "find"
+    script.write_text(script.read_text().replace("timeout 60", "timeout 1"))
+    find.write_text(f'#!/bin/sh\n[ -e "{tmp_path}/answered" ] && exec sleep 30\ntouch "{tmp_path}/answered"\n')
+    find.chmod(0o755)
+    began = time.monotonic()
+    story = recorder.story("slurm/spice.sh", ["recipe.yaml"], **JOB, STATUS="1")
+    assert time.monotonic() - began < 20
+    assert story.rstrip().endswith("exit code 1") and "requeue" not in story, story
+    assert "gives no answer" in recorder.story("slurm/spice.sh", ["recipe.yaml"], **JOB), "and it is told where it is dead before"
 
 
 def test_every_snapshot_belongs_to_a_case() -> None:
