@@ -35,6 +35,10 @@ RECIPES = {
 }
 TP2, CP2, PP2 = {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {"pipeline_parallel_size": 2}
 VP2 = PP2 | {"virtual_pipeline_size": 2}
+# Rows are what blocks of tokens are cut from. Two data-parallel ranks pack them otherwise than one, unless a row holds one group;
+# and experts see the tokens of both ranks' rows, unless there is one group in all.
+ONE_GROUP = [each for each in TRAJECTORIES if each.prompt_ids == next(each.prompt_ids for each in TRAJECTORIES if each.advantage)]
+APART = {"tokens_per_microbatch": 28}
 # none of them cuts a matrix, so every block is the same
 LAYOUTS = {"pp2": PP2, "pp2 vp2": VP2, "ep2": {"expert_parallel_size": 2}}
 
@@ -52,13 +56,14 @@ WIDE_ALONE = {
     **{recipe: WIDE | {"fp8": RECIPES[recipe].get("fp8", {})} for recipe in ("blockwise", "hybrid", "tensorwise")},
     "rows": WIDE | {"tokens_per_microbatch": ROW},
     "rows in float32": WIDE | {"tokens_per_microbatch": ROW},
+    "rows apart": WIDE | APART,
     "outer layers in bf16": WIDE | OUTER | {"tokens_per_microbatch": ROW},
 }
 CUT = {"tp2+sp": TP2, "tp2": TP2 | {"sequence_parallel": False}, "cp2": CP2}
 WIDE_TOGETHER = {
     **{name: WIDE | layout | {"tokens_per_microbatch": ROW} for name, layout in CUT.items()},
     **{f"{name} in float32": WIDE | layout | {"tokens_per_microbatch": ROW} for name, layout in CUT.items()},
-    "dp2": WIDE | {"tokens_per_microbatch": ROW},
+    "dp2": WIDE | APART,
     "pp2 vp2": WIDE | OUTER | VP2 | {"tokens_per_microbatch": ROW},
 }
 
@@ -73,8 +78,8 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("wide") / "hf", "llama", tied=True, **SIZES)
 
 
-def _job(model: Path, settings: dict) -> dict:
-    return {"model": model, "overrides": {"policy": settings}, "score": IDS, "trajectories": TRAJECTORIES, "updates": 2,
+def _job(model: Path, settings: dict, trajectories: list) -> dict:
+    return {"model": model, "overrides": {"policy": settings}, "score": IDS, "trajectories": trajectories, "updates": 2,
             "audit": True}  # fmt: skip
 
 
@@ -86,8 +91,8 @@ def _wide_job(model: Path, name: str, settings: dict) -> dict:
 @pytest.fixture(scope="module")
 def alone(model: Path, wide_model: Path) -> dict[str, dict[str, dict]]:
     """What one rank computes, with each model."""
-    settings = {"bf16": {"precision": "bf16", "adam_eps": 1e-3}, "fp32": {"adam_eps": 1e-3}, **RECIPES}
-    jobs = {("mixture", name): _job(model, each) for name, each in settings.items()}
+    settings = {"bf16": {"precision": "bf16", "adam_eps": 1e-3}, "fp32": {"adam_eps": 1e-3}, "one group": FP8, **RECIPES}
+    jobs = {("mixture", name): _job(model, each, ONE_GROUP if name == "one group" else TRAJECTORIES) for name, each in settings.items()}
     jobs |= {("wide", name): _wide_job(wide_model, name, each) for name, each in WIDE_ALONE.items()}
     return _by_model(jobs, run_ranks(1, ON_RANKS, "policies", list(jobs.values()))[0])
 
@@ -95,7 +100,10 @@ def alone(model: Path, wide_model: Path) -> dict[str, dict[str, dict]]:
 @pytest.fixture(scope="module")
 def together(model: Path, wide_model: Path) -> dict[str, dict[str, tuple[dict, ...]]]:
     """What each of two ranks saw."""
-    jobs = {("mixture", name): _job(model, FP8 | degrees) for name, degrees in LAYOUTS.items()}
+    jobs = {
+        ("mixture", name): _job(model, FP8 | degrees, ONE_GROUP if name == "ep2" else TRAJECTORIES)
+        for name, degrees in LAYOUTS.items()
+    }
     jobs |= {("wide", name): _wide_job(wide_model, name, each) for name, each in WIDE_TOGETHER.items()}
     return _by_model(jobs, list(zip(*run_ranks(2, ON_RANKS, "policies", list(jobs.values())))))
 
@@ -131,7 +139,7 @@ def test_recomputation_changes_nothing(alone):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_that_cut_no_block_agree(alone, together, layout):
-    result, expected = together["mixture"][layout][0], alone["mixture"]["blockwise"]
+    result, expected = together["mixture"][layout][0], alone["mixture"]["one group" if layout == "ep2" else "blockwise"]
     assert result["score"] == pytest.approx(expected["score"], abs=1e-5)
     for update, wanted in zip(result["updates"], expected["updates"]):
         assert update["policy/grad_norm"] == pytest.approx(wanted["policy/grad_norm"], rel=1e-3)
@@ -178,6 +186,8 @@ def test_blocks_are_whole_and_every_rank_has_rows_that_count():
     assert num_tokens(row) > 128
     for share in plan_rows(learned, ROW, 2):
         assert len(share) >= 4 and all(num_tokens(row) > 16 for row in share)
+    apart = [row for share in plan_rows(learned, APART["tokens_per_microbatch"], 2) for row in share if row]
+    assert len(apart) >= 8 and all(len(row) == 1 for row in apart)
 
 
 def test_the_wide_models_step_in_bf16_is_that_of_fp32(alone, before):
@@ -224,7 +234,7 @@ def test_a_cut_matrix_is_multiplied_as_the_whole_one(alone, together, before, la
 
 def test_data_parallel_ranks_compute_the_same_rows(alone, together, before):
     """Nothing is cut, and each row's gradient is summed in float32: log-probabilities alike, steps to 1e-4 (0)."""
-    [result, other], expected = together["wide"]["dp2"], alone["wide"]["rows"]
+    [result, other], expected = together["wide"]["dp2"], alone["wide"]["rows apart"]
     assert result["digest"] == other["digest"] and result["score"] == expected["score"]
     steps, wanted = _moved(result, before), _moved(expected, before)
     for name, step in wanted.items():
