@@ -14,6 +14,7 @@ import signal
 import threading
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -215,10 +216,21 @@ async def _model(plan: Plan) -> AsyncIterator[models.Model]:
 
 async def _export(plan: Plan) -> Path:
     """In a thread of its own: signals are the event loop's to handle, which must not stand still for the minutes that this may
-    take. A thread cannot be cancelled, and the command would wait for it: it looks whether it is still wanted."""
+    take. A thread cannot be cancelled, and the command would wait for it: it looks whether it is still wanted. None of an
+    executor's: the processes that it forks would wait for an executor's threads at their end, and be the thread themselves."""
     unwanted = threading.Event()
+    exported: Future[Path] = Future()
+    exported.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            exported.set_result(models.export(Path(plan.source), plan.options.hf, plan.exported, unwanted.is_set))
+        except BaseException as error:
+            exported.set_exception(error)
+
+    threading.Thread(target=work, name="export").start()
     try:
-        return await asyncio.to_thread(models.export, Path(plan.source), plan.options.hf, plan.exported, unwanted.is_set)
+        return await asyncio.wrap_future(exported)
     except asyncio.CancelledError:
         unwanted.set()
         raise

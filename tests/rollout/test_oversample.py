@@ -142,7 +142,8 @@ def two_ranks(rank: int, store: dist.Store) -> None:
     pool = RolloutPool(topology, store, [engine], play, passages_in_flight=3, decode=decode, max_restarts=1)
     pool.start()
     rounds = iterate(pool, 4)
-    check_laws(rounds)
+    if rank == 0:  # the other gets of an episode what it trains on
+        check_laws(rounds)
     seen: list[Any] = [None, None]
     dist.all_gather_object(seen, rounds)
     assert seen[0] == seen[1], "ranks disagree"
