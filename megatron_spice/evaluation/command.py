@@ -228,11 +228,13 @@ async def _export(plan: Plan) -> Path:
         except BaseException as error:
             exported.set_exception(error)
 
-    threading.Thread(target=work, name="export").start()
+    thread = threading.Thread(target=work, name="export")
+    thread.start()
     try:
         return await asyncio.wrap_future(exported)
     except asyncio.CancelledError:
         unwanted.set()
+        thread.join()
         raise
 
 

@@ -18,6 +18,7 @@ from dice_engine import DiceEngine, decode
 
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.game.carried import Game, game_from_state, game_state, new_games
+from megatron_spice.game.episodes import trained_part
 from megatron_spice.game.journal import Entry, Recorder
 from megatron_spice.game.records import Attempt, Completion, Episode, Generator, Passage, Sampling
 from megatron_spice.rollout.engine import EngineError
@@ -145,7 +146,8 @@ def two_ranks(rank: int, store: dist.Store) -> None:
     if rank == 0:  # the other gets of an episode what it trains on
         check_laws(rounds)
     seen: list[Any] = [None, None]
-    dist.all_gather_object(seen, rounds)
+    trained = [([trained_part(episode) for episode in played.episodes], played.left) for played in rounds]
+    dist.all_gather_object(seen, trained)
     assert seen[0] == seen[1], "ranks disagree"
     pool.close()
 
