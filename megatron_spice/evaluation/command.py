@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import signal
-import threading
 import sys
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager

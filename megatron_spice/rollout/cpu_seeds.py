@@ -14,11 +14,11 @@ batch. On a CPU three things are in the way, each answered by an interface that 
 from __future__ import annotations
 
 import torch
-from torch.library import Library
+from torch import library as operators
 
 _LOW = 0xFFFFFFFF
 HASH = "murmur_hash32_cpu"
-OPERATORS = Library("sgl_kernel", "FRAGMENT")  # kept: its operators go when it does
+OPERATORS = operators.Library("sgl_kernel", "FRAGMENT")  # kept: its operators go when it does
 
 
 def allow() -> None:
