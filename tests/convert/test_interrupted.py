@@ -107,10 +107,11 @@ def test_one_that_is_not_wanted_any_more_ends_with_its_processes_and_is_gone_on_
 
     made.write = slowly
     records = tmp_path / "out.partial" / job.STATE
+    there = set(psutil.Process().children())  # of earlier tests: multiprocessing keeps a tracker
     with pytest.raises(job.Stopped, match="out: stopped while it was written"):
         job.convert(source, made, folder, {}, 1, "test", is_stopped=lambda: any(records.glob("part-*")))
     kept = len(list(records.glob("part-*")))
-    assert 1 <= kept < len(made.parts) and not folder.exists() and not psutil.Process().children()
+    assert 1 <= kept < len(made.parts) and not folder.exists() and set(psutil.Process().children()) <= there
     written: list[int] = []
     _convert(model, "hf", folder, written)
     assert len(written) == len(made.parts) - kept
