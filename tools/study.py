@@ -6,7 +6,7 @@
 
 A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if wanted `overrides` (for all runs), `evaluate` (arguments of
 tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
-reasoners, such as ["--passages", "64"]). Jobs run one after the other; one that fails ends the study with its exit code. A run that is
+reasoners, such as ["--passages", "64"]), of all recipes or of those in `crossplay_of`. Jobs run one after the other; one that fails ends the study with its exit code. A run that is
 to be longer, or other tasks, are done on top of what is there: evaluations and matches are of an iteration, and asked.txt beside
 their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt. Intervals are bootstrapped over
 seeds: with three of them they say little more than the spread.
@@ -30,7 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
 from megatron_spice.checkpoint import store  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
@@ -57,6 +57,17 @@ class Study(BaseModel):
     overrides: list[str] = []
     evaluate: list[str] = []
     crossplay: list[str] = []
+    crossplay_of: list[str] = []
+
+    @model_validator(mode="after")
+    def _known(self) -> Study:
+        if unknown := set(self.crossplay_of) - set(self.recipes):
+            raise ValueError(f"crossplay_of: {', '.join(sorted(unknown))} not among recipes: {', '.join(self.recipes)}")
+        return self
+
+    def plays(self, name: str) -> bool:
+        """Whether a recipe's checkpoints are set against each other."""
+        return bool(self.crossplay) and name in (self.crossplay_of or self.recipes)
 
 
 class Job(NamedTuple):
@@ -167,7 +178,7 @@ def trained(study: Study) -> Iterator[Trained]:
             except ConfigError as error:
                 raise ConfigError(error.problems, f"{recipe} ({name})") from None
             kept = [f"checkpoint.keep={max(config.checkpoint.keep, 1 + config.train.iterations // config.checkpoint.every)}"]
-            arguments = [str(recipe), *own, *(kept if study.crossplay else [])]
+            arguments = [str(recipe), *own, *(kept if study.plays(name) else [])]
             yield Trained(name, seed, folder, arguments, config.policy.model, config.train.iterations)
 
 
@@ -185,7 +196,7 @@ def jobs(study: Study, runs: Sequence[Trained], dry_run: bool = False) -> Iterat
                 job = Job([*command, "--output", str(folder)], folder / "results.json", study.evaluate)
                 if not job.is_done:
                     yield job
-        if study.crossplay:
+        if study.plays(run.name):
             saved = store.whole_checkpoints(store.folder_of(run.folder)) or [run.checkpoint(0)]
             models = f"early={saved[0]},late={run.checkpoint(run.iterations)}"
             command = [tools[0], f"{tools[1]}/crossplay.py", run.arguments[0], str(run.crossplay), "--challengers", models]
