@@ -4,10 +4,11 @@
 
 `cpu_threads` null means an accelerator. `cpu_attention` "native" is SGLang's own, for comparison.
 
-The API key comes in the environment, not among the arguments, which every user of the machine can read. SGLang spawns a
-scheduler (the model) and a detokenizer; spawning imports this module again in each of them, so what has to be true in
-every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins are) is arranged at import,
-before torch is. Nothing else in the package imports `sglang` except `cpu_attention.py`, `cpu_fp8.py` and `cpu_seeds.py`, which
+The API key comes in the environment, not among the arguments, which every user of the machine can read. SGLang starts a
+process for each scheduler (the model) and one for the detokenizer. With an accelerator it spawns them, which imports this module
+again in each, so what has to be true in every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins
+are) is arranged at import, before torch is. Without one they are forked from the server, which has imported everything and has
+no other thread yet: importing costs each process eight seconds of a core, and half a gigabyte. Nothing else in the package imports `sglang` except `cpu_attention.py`, `cpu_fp8.py` and `cpu_seeds.py`, which
 only load in here.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,36 @@ class _WhenReady:
         return getattr(self._pipe, name)
 
 
+def fork_workers() -> None:
+    """SGLang's processes are forked from here on. Not with an accelerator: CUDA does not survive a fork."""
+    from sglang.srt.entrypoints import engine
+
+    configure = engine._set_envs_and_config
+
+    def configure_and_fork(*arguments: Any) -> None:
+        configure(*arguments)  # chooses "spawn"
+        if len(os.listdir("/proc/self/task")) == 1:  # another thread might hold a lock that the copy would wait for forever
+            multiprocessing.set_start_method("fork", force=True)
+
+    engine._set_envs_and_config = configure_and_fork
+
+
+def _begin_worker() -> None:
+    """What a forked process has to undo or repeat; for a spawned one nothing changes."""
+    for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    if parent := multiprocessing.parent_process():
+        die_with_parent(parent.pid)
+
+
+def run_detokenizer(*arguments: Any, **more: Any) -> None:
+    """SGLang's detokenizer process; takes the arguments of its `run_detokenizer_process`."""
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+    _begin_worker()
+    run_detokenizer_process(*arguments, **more)
+
+
 def run_scheduler(
     server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, pp_rank: int, dp_rank: int | None, pipe_writer: Any,
     *rest: Any, **display: Any,
@@ -73,6 +105,7 @@ def run_scheduler(
     from sglang.srt.managers.load_snapshot import shm_path_for
     from sglang.srt.managers.scheduler import run_scheduler_process
 
+    _begin_worker()
     if os.environ.get(ATTENTION_VARIABLE) == "batched":
         from megatron_spice.rollout import cpu_attention
 
@@ -108,9 +141,11 @@ def main(arguments: dict[str, Any]) -> None:
         from megatron_spice.rollout import cpu_seeds
 
         cpu_seeds.allow()
+    if threads:
+        fork_workers()
     try:
         server = ServerArgs(api_key=os.environ.pop(KEY_VARIABLE), **arguments["server"])
-        launch_server(server, run_scheduler_process_func=run_scheduler)
+        launch_server(server, run_scheduler_process_func=run_scheduler, run_detokenizer_process_func=run_detokenizer)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
