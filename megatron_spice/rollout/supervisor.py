@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +109,22 @@ class SglangEngine:
         )
 
     def wait_ready(self) -> None:
-        """Returns when the server takes requests.
+        """Returns when the server takes requests. One that somebody ends by SIGTERM meanwhile is started once more.
 
         Raises:
             EngineError: it died, or `rollout.start_timeout` passed; with the end of its log.
         """
-        self._running().wait_ready(self._config.start_timeout, self.check)
+        try:
+            self._running().wait_ready(self._config.start_timeout, self.check)
+        except EngineError:
+            # It never sends itself this signal. Slurm can, when a node comes back that an earlier attempt of the job was lost with:
+            # what is left of that attempt is ended by the job's number, which the new one has too.
+            is_ended = self._child is not None and self._child.exit_code() == -signal.SIGTERM
+            if not is_ended or threading.current_thread() is not threading.main_thread():
+                raise
+            print(f"rollout: the engine was ended by SIGTERM while it started, and is started once more ({self.log_path})", flush=True)
+            self.launch()
+            self._running().wait_ready(self._config.start_timeout, self.check)
         self._named_memory = leftovers.named_memory(self._child.pid)
 
     def check(self) -> None:

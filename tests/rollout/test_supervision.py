@@ -67,6 +67,25 @@ def test_killing_the_trainer_leaves_no_server_and_no_shared_memory(tiny_model: P
     assert not [path for path in shared if path.exists()]
 
 
+def test_a_server_that_somebody_ends_while_it_starts_is_started_once_more(new_engine: NewEngine, tmp_path: Path, capfd) -> None:
+    engine = new_engine(tmp_path / "engine.log")
+    try:
+        engine.launch()
+        first = engine.pid
+        assert first is not None
+        os.kill(first, signal.SIGTERM)
+        engine.wait_ready()
+        assert engine.pid not in (None, first) and gone(first) and engine.weight_version() == "default"
+        assert "ended by SIGTERM while it started" in capfd.readouterr().out
+        engine.launch()
+        first = engine.pid
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EngineError, match="exit code -9"):
+            engine.wait_ready()
+    finally:
+        engine.close()
+
+
 def test_a_dead_server_is_an_error_at_once_and_can_be_replaced(new_engine: NewEngine, tmp_path: Path) -> None:
     engine = new_engine(tmp_path / "engine.log")
     with pytest.raises(EngineError, match="not launched"):
