@@ -8,8 +8,7 @@ A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if want
 tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
 reasoners, such as ["--passages", "64"]), of all recipes or of those in `crossplay_of`. Jobs run one after the other; one that fails ends the study with its exit code. A run that is
 to be longer, or other tasks, are done on top of what is there: evaluations and matches are of an iteration, and asked.txt beside
-their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt. Intervals are bootstrapped over
-seeds: with three of them they say little more than the spread.
+their results holds the arguments that they were made with. OUTPUT gets summary.json and summary.txt (`study_summary.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -35,15 +33,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_spice.checkpoint import store  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
-from megatron_spice.crossplay.matrix import interval  # noqa: E402
 from megatron_spice.curriculum.rows import RECIPE_NAME  # noqa: E402
-from megatron_spice.telemetry.json_lines import read_json_lines  # noqa: E402
-from megatron_spice.telemetry.run_log import METRICS_NAME  # noqa: E402
+from tools.study_summary import Outcome, summary, table  # noqa: E402
 
-ENDS = ("reasoner/pass_rate", "challenger/valid_share", "challenger/reward", "challenger/grounded_share", "audit/constant_gold")
 ASKED = "asked.txt"
-LAST = 0.1
-"""Share of a run's iterations that its end is averaged over."""
 
 
 class Study(BaseModel):
@@ -142,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
         job.note()
     if not options.dry_run:
-        found = summary(study, runs)
+        found = summary([Outcome(run, _before(study, run)) for run in runs])
         (study.output / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
         (study.output / "summary.txt").write_text(text := table(found))
         print(text, end="")
@@ -212,65 +205,6 @@ def _before(study: Study, run: Trained) -> Path:
     game = (load_config(resolved) if resolved.exists() else load_config(run.arguments[0], run.arguments[1:])).game
     model = str(run.model).strip("/").replace("/", "-")
     return study.output / "before" / f"{model}-{game.prompt_style}-{game.reasoner_max_tokens}"
-
-
-def summary(study: Study, runs: Sequence[Trained]) -> dict[str, Any]:
-    """By recipe and quantity: each seed's number, their mean with its interval, and the difference from the first recipe."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for run in runs:
-        for quantity, value in _numbers(study, run).items():
-            found.setdefault(quantity, {}).setdefault(run.name, {})[run.seed] = value
-    first = next(iter(study.recipes))
-    result: dict[str, Any] = {"seeds": study.seeds, "compared_with": first, "quantities": {}}
-    for quantity, by_recipe in found.items():
-        told = result["quantities"][quantity] = {}
-        for name, by_seed in by_recipe.items():
-            told[name] = {"by_seed": by_seed, **_mean(list(by_seed.values()))}
-            both = [seed for seed in by_seed if seed in by_recipe.get(first, {})]
-            if name != first and both:
-                told[name]["difference"] = _mean([by_seed[seed] - by_recipe[first][seed] for seed in both])
-    return result
-
-
-def _numbers(study: Study, run: Trained) -> dict[str, float]:
-    """A run's end, its evaluations, and what early and late checkpoints made of each other."""
-    lines = read_json_lines(run.folder / METRICS_NAME)
-    last = lines[-max(1, round(LAST * len(lines))) :]
-    numbers = {name: fmean(line[name] for line in last if name in line) for name in ENDS if any(name in line for line in last)}
-    after, before = (_scores(folder) for folder in (run.evaluation, _before(study, run)))
-    for task, score in after.items():
-        numbers[f"evaluation/{task}"] = score
-        if task in before:
-            numbers[f"evaluation/{task} less before"] = score - before[task]
-    path = run.crossplay / "matrix.json"
-    if path.exists():
-        for pair in json.loads(path.read_text())["pairs"]:
-            if pair["pass_rate"] is not None:
-                numbers[f"crossplay/{pair['challenger']} Challenger, {pair['reasoner']} Reasoner"] = pair["pass_rate"]
-    return numbers
-
-
-def _scores(folder: Path) -> dict[str, float]:
-    path = folder / "results.json"
-    return {task["task"]: task["mean"] for task in json.loads(path.read_text())["tasks"]} if path.exists() else {}
-
-
-def _mean(values: Sequence[float]) -> dict[str, float]:
-    low, high = interval(values)
-    return {"mean": fmean(values), "low": low, "high": high, "seeds": len(values)}
-
-
-def table(found: dict[str, Any]) -> str:
-    """One line a quantity and recipe."""
-    lines = []
-    for quantity, by_recipe in found["quantities"].items():
-        lines.append(quantity)
-        for name, told in by_recipe.items():
-            line = f"  {name:24} {told['mean']:8.4f} [{told['low']:.4f}, {told['high']:.4f}] over {told['seeds']} seed(s)"
-            if other := told.get("difference"):
-                line += f"; less {found['compared_with']}: {other['mean']:+.4f} [{other['low']:+.4f}, {other['high']:+.4f}]"
-            lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import yaml
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.loader import load_config
 from tools import study as tool
-from tools.study import Trained, jobs, main, read, summary, table, trained
+from tools.study import Trained, jobs, main, read, trained
+from tools.study_summary import Outcome, summary, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,9 +34,16 @@ def _finish(told: tool.Study, run: Trained, rate: float, score: float) -> None:
     run.checkpoint(run.iterations).mkdir(parents=True)
     lines = [{"iteration": number, "reasoner/pass_rate": rate if number > 18 else 0.0} for number in range(1, 21)]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run.evaluation / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": score}]}))
+    _answer(run.evaluation, score)
     pair = {"challenger": "late", "reasoner": "early", "pass_rate": rate}
     (run.crossplay / "matrix.json").write_text(json.dumps({"pairs": [pair, {**pair, "reasoner": "late", "pass_rate": None}]}))
+
+
+def _answer(folder: Path, score: float) -> None:
+    """The results of ten questions, of which the first ones are right."""
+    (folder / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": score, "log": "factbook.jsonl"}]}))
+    lines = [{"id": str(item), "answers": [{"correct": item < 10 * score}]} for item in range(10)]
+    (folder / "factbook.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ({"task": "factbook"}, *lines)))
 
 
 def _note(told: tool.Study, run: Trained) -> None:
@@ -50,7 +58,8 @@ def test_the_example_is_nine_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["examples/studies/components.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("spice.sh" in line for line in lines) == sum("crossplay.py" in line for line in lines) == 9
+    assert sum("spice.sh" in line for line in lines) == 9
+    assert sum("crossplay.py" in line and "spice-seed" in line for line in lines) == sum("crossplay.py" in line for line in lines) == 3
     assert sum("evaluate.py" in line and "checkpoints" in line for line in lines) == 9
 
 
@@ -73,15 +82,20 @@ def test_sums_are_of_seeds_and_differences_of_pairs(study):
         _finish(told, run, rate, score)
     before = told.output / "before" / f"{str(runs[0].model).replace('/', '-')}-few_shot-12"
     before.mkdir(parents=True)
-    (before / "results.json").write_text(json.dumps({"tasks": [{"task": "factbook", "mean": 0.25}]}))
-    found = summary(told, runs)
+    _answer(before, 0.2)
+    found = summary([Outcome(run, before) for run in runs])
     rates = found["quantities"]["reasoner/pass_rate"]
     assert rates["spice"]["by_seed"] == {0: 0.2, 1: 0.4} and rates["spice"]["mean"] == pytest.approx(0.3)
     assert rates["threshold"]["difference"]["mean"] == pytest.approx(0.3)
     assert (rates["threshold"]["difference"]["low"], rates["threshold"]["difference"]["high"]) == pytest.approx((0.2, 0.4))
-    assert found["quantities"]["evaluation/factbook less before"]["spice"]["by_seed"] == pytest.approx({0: 0.05, 1: 0.25})
+    assert found["quantities"]["evaluation/factbook less before"]["spice"]["by_seed"] == pytest.approx({0: 0.1, 1: 0.3})
     assert found["quantities"]["crossplay/late Challenger, early Reasoner"]["spice"]["seeds"] == 2
     assert "less spice: +0.3000 [+0.2000, +0.4000]" in table(found)
+    changes = found["changes"]["factbook"]
+    assert changes["spice"]["since_before"]["mean"] == pytest.approx(0.2) and "from_first" not in changes["spice"]
+    assert changes["threshold"]["from_first"]["mean"] == pytest.approx(-0.1)
+    assert (changes["threshold"]["from_first"]["runs"], changes["threshold"]["from_first"]["items"]) == (2, 10)
+    assert "less spice               -0.1000 [" in table(found)
 
 
 @pytest.mark.parametrize(("change", "left"), [
@@ -128,7 +142,7 @@ def test_models_are_asked_as_the_run_was_and_the_first_one_anew_where_that_diffe
 
 def test_the_arguments_are_noted_once_a_job_is_done(study, monkeypatch):
     """`true` and `false` stand for the commands."""
-    monkeypatch.setattr(tool, "summary", lambda *_: {"quantities": {}})
+    monkeypatch.setattr(tool, "summary", lambda *_: {"quantities": {}, "changes": {}, "compared_with": "spice"})
     (study.parent / "out").mkdir()
     for command, code in (("false", 1), ("true", 0)):
         job = tool.Job([command], study.parent / command / "results.json", ["--tasks", "a b"])
@@ -141,6 +155,7 @@ def test_the_arguments_are_noted_once_a_job_is_done(study, monkeypatch):
 @pytest.mark.parametrize(("change", "words"), [
     ({"seeds": []}, ["seeds"]),
     ({"recipe": {}}, ["recipe"]),
+    ({"crossplay_of": ["spyce"]}, ["crossplay_of", "spyce", "spice, threshold"]),
     ({"overrides": ["train.iteration=3"]}, ["train.iteration", "(spice)"]),
     ({"recipes": {"x": "nowhere.yaml"}}, ["nowhere.yaml"]),
 ])  # fmt: skip
