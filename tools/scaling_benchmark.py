@@ -9,8 +9,8 @@ of whole iterations and a tenth of what one that follows a checkpoint spends on 
                 episodes; HTTP to one server a rank; Megatron's model, data-parallel buffers, distributed optimiser and
                 torch_dist checkpoints of a tiny model over gloo; gathering the weights and putting them into shared memory;
                 logs and metrics
-    simulated   decoding: servers wait as long as it would take, with long-tailed lengths drawn from `--seed`
-                (simulated_engine.py); loading weights and handing memory over: servers wait; forward and backward: each rank
+    simulated   decoding: servers wait as long as it would take, with long-tailed lengths, the same for every group of samples
+                or (`--tails`) drawn from `--seed` (simulated_engine.py); loading weights and handing memory over: servers wait; forward and backward: each rank
                 waits as long as its rows' tokens take, and computes its shortest row for real, so that gradients flow
 
 On few cores many ranks also wait for each other's turn on a core, which ranks of a cluster do not. So the simulated work has to
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=several, default=[1, 2, 4, 8, 16, 32], metavar="N[,N...]", help="default 1,2,4,8,16,32")
     parser.add_argument("--passages", type=positive, default=8, help="passages of a rank and iteration (default 8)")
     parser.add_argument("--iterations", type=positive, default=3, help="timed iterations, after one that is not and before one that saves (default 3)")
+    parser.add_argument("--tails", action="store_true", help="draw lengths: with more ranks the longest completion is longer, and all wait for it")
     parser.add_argument("--pace", type=float, default=1.0, metavar="FACTOR", help="simulated seconds times this (default 1)")
 
 
@@ -55,6 +56,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One for each number of ranks."""
     factor = options.pace
     pace = {name: value * (factor if name in ("per_token", "prefill", "update", "hand_over") else 1) for name, value in PACE.items()}
+    pace["tails"] = options.tails
     return [
         {
             "title": f"{count} ranks", "ranks": 1, "threads": 1, "virtual_ranks": count, "passages": options.passages, "in_flight": 4,

@@ -2,8 +2,9 @@
 
 Each port speaks the verbs that `EngineClient` uses of an SGLang server. A generation is answered after as long as decoding its
 longest sample takes at `seconds_per_token`; all of a server's requests decode side by side, as in a batch that is not full.
-Lengths have a long tail (log-normal, cut at the request's limit) and are drawn from a hash of the prompt, so a rerun draws the
-same. The ids are random, the text is a short task or answer, as the stop strings tell which role asks. Weights are accepted
+Lengths have a long tail (log-normal, cut at the request's limit). Those of a request are spread evenly over it, in an order drawn
+from a hash of the prompt: every request takes as long as every other, as weak scaling supposes. With `tails` they are drawn from
+it, and the more requests there are the longer the longest takes. A rerun draws the same. The ids are random, the text is a short task or answer, as the stop strings tell which role asks. Weights are accepted
 and thrown away after a wait.
 
 One process serves all ports of a benchmark: a single event loop is enough, since it has nothing to compute.
@@ -19,6 +20,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from megatron_spice.rollout.client import EngineClient
@@ -43,13 +45,19 @@ class Pace:
     spread: float
     vocabulary: int
     seed: int
+    tails: bool = False
 
 
 def lengths(pace: Pace, prompt_ids: Sequence[int], count: int, limit: int, challenger: bool) -> tuple[list[int], random.Random]:
     """Tokens of each of a request's samples, and the generator that goes on from there."""
     rng = random.Random(f"{pace.seed} {hash(tuple(prompt_ids))}")
     median = pace.challenger_tokens if challenger else pace.reasoner_tokens
-    drawn = [max(1, round(median * math.exp(rng.gauss(0.0, pace.spread)))) for _ in range(count)]
+    if pace.tails:
+        deviations = [rng.gauss(0.0, pace.spread) for _ in range(count)]
+    else:
+        deviations = [pace.spread * NormalDist().inv_cdf((each + 0.5) / count) for each in range(count)]
+        rng.shuffle(deviations)
+    drawn = [max(1, round(median * math.exp(each))) for each in deviations]
     return [min(limit, each) for each in drawn], rng
 
 

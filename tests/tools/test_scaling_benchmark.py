@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,22 @@ def test_games_take_at_least_their_share_and_at_most_one_after_the_other(games, 
 
 
 def test_lengths_are_drawn_from_the_prompt_and_have_a_long_tail():
-    once, _ = lengths(PACE, [1, 2, 3], 500, 64, challenger=True)
-    again, _ = lengths(PACE, [1, 2, 3], 500, 64, challenger=True)
-    others, _ = lengths(PACE, [1, 2, 4], 500, 64, challenger=True)
-    assert once == again != others
+    drawing = replace(PACE, tails=True)
+    once, _ = lengths(drawing, [1, 2, 3], 500, 64, challenger=True)
+    again, _ = lengths(drawing, [1, 2, 3], 500, 64, challenger=True)
+    others, _ = lengths(drawing, [1, 2, 4], 500, 64, challenger=True)
+    assert once == again != others and sorted(once) != sorted(others)
     assert max(once) == 64 and sorted(once)[250] < 32 and min(once) >= 1
     assert request_seconds(PACE, 10) == pytest.approx(PACE.prefill + 10 * PACE.per_token)
+
+
+@given(st.lists(st.integers(0, 500), max_size=20), st.integers(1, 64), st.booleans())
+def test_without_tails_every_request_takes_as_long_and_has_the_same_middle(prompt, count, challenger):
+    found, _ = lengths(PACE, prompt, count, 10**6, challenger)
+    others, _ = lengths(PACE, [*prompt, 1], count, 10**6, challenger)
+    assert sorted(found) == sorted(others)
+    median = PACE.challenger_tokens if challenger else PACE.reasoner_tokens
+    assert sorted(found)[(count - 1) // 2] <= median <= sorted(found)[count // 2]
 
 
 @pytest.mark.timeout(300)
