@@ -261,6 +261,9 @@ def _make_pool(
             engines.append(make_engine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
             numbers.append(topology.node_rank * rollout.engines_per_node + number)
     asked = challenger.wording(config, tokenizer)
+    context = rollout.context_length or read_architecture(config.policy.model).max_position_embeddings
+    if asked is None:  # servers of another model are asked for theirs
+        challenger.check_context(config, Wording.of(config.game.prompt_style, tokenizer), context)
     if config.game.fixed_challenger:
         moved = config.model_copy(update={"rollout": rollout})
         beside = challenger.engines_beside(moved, topology, numbers, tokenizer)
@@ -268,11 +271,10 @@ def _make_pool(
     verifier = Verifier(config.game.verifier)
     play = functools.partial(
         _play, tokenizer=tokenizer, verifier=verifier, config=config.game, temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p, seed=config.train.seed, challenger=asked,
+        top_p=config.rollout.top_p, seed=config.train.seed, challenger=asked, context=context,
     )  # fmt: skip
     if config.audit.grounded_answers or config.audit.options_only:
-        context = rollout.context_length or read_architecture(config.policy.model).max_position_embeddings
-        play = functools.partial(_play_and_audit, audit=config.audit, context=context, **play.keywords)
+        play = functools.partial(_play_and_audit, audit=config.audit, **play.keywords)
     return RolloutPool(
         topology, store, engines, play, passages_in_flight=config.rollout.passages_in_flight, decode=tokenizer.decode,
         max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
@@ -314,7 +316,7 @@ async def _play(passage: Passage, iteration: int, slot: int, engine: Generator, 
 async def _play_and_audit(
     passage: Passage, iteration: int, slot: int, engine: Generator, *, audit: AuditConfig, context: int, **rest: Any
 ) -> Episode:
-    episode = await _play(passage, iteration, slot, engine, **rest)
+    episode = await _play(passage, iteration, slot, engine, context=context, **rest)
     if slot >= audit.passages:
         return episode
     reasoner = Wording.of(rest["config"].prompt_style, rest["tokenizer"])

@@ -88,6 +88,22 @@ def context_needed(game: GameConfig, asked: Wording, longest: int) -> int:
     return longest + max(len(asked.tokenizer.encode_prompt(prompt)) + limit for prompt, limit in prompts)
 
 
+def check_context(config: Config, asked: Wording, context: int) -> None:
+    """Whether the Challenger's longest request fits; an engine refuses one that does not, in the middle of an iteration.
+
+    Raises:
+        ConfigError: it does not; with the numbers.
+    """
+    longest = 0 if config.game.no_corpus else longest_passage(config.corpus.path)
+    needed = context_needed(config.game, asked, longest)
+    if needed > context:
+        raise ConfigError(
+            f"the Challenger's longest request has {needed} tokens (passages of up to {longest}, game.challenger_max_tokens="
+            f"{config.game.challenger_max_tokens} and {needed - longest - config.game.challenger_max_tokens} of instructions), the context "
+            f"{context}; raise rollout.context_length as far as the model allows, or cut the corpus with a smaller --max-tokens"
+        )
+
+
 def longest_passage(corpus: Path) -> int:
     """Tokens of a corpus's longest passage by its description; 0 where that does not say."""
     longest = Manifest.read(corpus).options.get("max_tokens", 0)

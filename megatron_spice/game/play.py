@@ -46,6 +46,7 @@ async def play_passage(
     top_p: float,
     seed: int,
     challenger: Wording | None = None,
+    context: int | None = None,
 ) -> Episode:
     """Plays one passage to the end.
 
@@ -56,6 +57,8 @@ async def play_passage(
         verifier: a started `Verifier`.
         temperature: of both roles.
         challenger: how the Challenger is spoken to where another model than the policy writes the tasks; None: like the Reasoner.
+        context: tokens that prompt and completion may have together. A question that leaves the Reasoner no room is no task. None:
+            the engine decides.
 
     Returns: The episode, rewards and advantages set on the Challenger's group and on the Reasoner's answers. Without
         any valid attempt it has no answers, and the group's equal rewards give advantages of zero.
@@ -63,7 +66,7 @@ async def play_passage(
     started = time.monotonic()
     reasoner = Wording.of(config.prompt_style, tokenizer)
     seeds = (seed, iteration, slot)
-    table = Table(engine, verifier, config, challenger or reasoner, reasoner, temperature, top_p, seeds)
+    table = Table(engine, verifier, config, challenger or reasoner, reasoner, temperature, top_p, seeds, context)
     answer_type, attempts, timeouts = await write_tasks(table, passage)
 
     group = subsample([attempt.task is not None for attempt in attempts], config.group_size, table.random("group"))
@@ -115,6 +118,14 @@ class Table:
     temperature: float
     top_p: float
     seeds: tuple[int, int, int]
+    context: int | None = None
+
+    def has_room(self, task: Task) -> bool:
+        """Whether the Reasoner's prompt and as long an answer as it may give fit the context."""
+        if self.context is None:
+            return True
+        prompt_ids = self.reasoner.tokenizer.encode_prompt(self.reasoner.style.reasoner_prompt(task))
+        return len(prompt_ids) + self.config.reasoner_max_tokens <= self.context
 
     def random(self, purpose: str) -> random.Random:
         """A stream of its own for every choice: one more draw here moves none there."""
@@ -203,6 +214,8 @@ async def _judge(
     invalid = check_switches(task, grounded, table.config, None if table.config.no_corpus else passage.text)
     if invalid is not None:
         return Attempt(completion, None, invalid), False
+    if not table.has_room(task):
+        return Attempt(completion, None, InvalidReason.LONG_QUESTION), False
     return Attempt(completion, task, None, grounded), False
 
 

@@ -127,6 +127,7 @@ class InvalidReason(str, Enum):
     COPIED = "copied"
     GIVES_AWAY = "gives_away"
     DUPLICATE = "duplicate"
+    LONG_QUESTION = "long_question"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ import pytest
 from made_corpus import Document, make_corpus
 from scripted_game import GHANA, CodePoints
 
-from megatron_spice.challenger import context_needed, longest_passage
+from megatron_spice.challenger import check_context, context_needed, longest_passage
 from megatron_spice.config.checks import check_challenger
+from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import GameConfig
 from megatron_spice.corpus.manifest import Manifest
@@ -43,6 +44,18 @@ def test_a_strong_challenger_needs_room_for_the_longest_passage_the_instructions
     assert context_needed(game, asked, 0 if no_corpus else len(GHANA.text)) == max(prompts) + 50
     chooses = game.model_copy(update={"selection_max_tokens": 5000})
     assert (context_needed(chooses, asked, 10) > 5000) == (style == "chat" and not no_corpus)
+
+
+def test_a_context_that_the_longest_request_does_not_fit_is_refused_with_the_numbers(write_recipe, tmp_path):
+    corpus = make_corpus(tmp_path / "cut", [Document("only", [1, 2, 3, 4, 5])])
+    manifest = Manifest.read(corpus)
+    dataclasses.replace(manifest, options={**manifest.options, "max_tokens": 77}).write(corpus)
+    config = load_config(write_recipe(game={"prompt_style": "few_shot", "challenger_max_tokens": 50}), [f"corpus.path={corpus}"])
+    asked = Wording.of("few_shot", CodePoints())
+    needed = context_needed(config.game, asked, 77)
+    check_context(config, asked, needed)
+    with pytest.raises(ConfigError, match=f"has {needed} tokens .*up to 77.*=50 and {needed - 127} of instructions.*context {needed - 1};"):
+        check_context(config, asked, needed - 1)
 
 
 def test_the_longest_passage_is_what_the_corpus_was_cut_to(tmp_path):

@@ -36,12 +36,12 @@ def _few_shot(**settings):
 
 @pytest.fixture
 def play(loop, verifier):
-    def play(script, config, slot=0, seed=0, iteration=1):
+    def play(script, config, slot=0, seed=0, iteration=1, context=None):
         engine = Scripted(script)
         coroutine = play_passage(
             GHANA, iteration=iteration, slot=slot, engine=engine, tokenizer=CodePoints(), verifier=verifier,
             config=config,
-            temperature=1.0, top_p=1.0, seed=seed,
+            temperature=1.0, top_p=1.0, seed=seed, context=context,
         )  # fmt: skip
         return loop.run_until_complete(coroutine), engine
 
@@ -63,6 +63,23 @@ def _script(chunks, right_by_question=lambda question: 2, answers=4):
 
 def _texts(pattern):
     return [(VALID if letter == "v" else INVALID).format(index) for index, letter in enumerate(pattern)]
+
+
+def test_a_question_that_leaves_the_reasoner_no_room_is_no_task(play):
+    """An engine would refuse it, and be taken for a lost one."""
+    short, long = VALID.format(1), VALID.format("7" * 300)
+    prompts = [len(CodePoints().encode_prompt(_reasoner_prompt(text))) for text in (short, long)]
+    for context, valid in ((prompts[1] + 16, [True, True, False, True]), (prompts[1] + 15, [True, False, False, True]), (None, [True, True, False, True])):
+        texts = [short, long, INVALID, VALID.format(3)]
+        episode, engine = play(_script([texts]), _few_shot(reasoner_max_tokens=16), context=context)
+        assert [attempt.task is not None for attempt in episode.attempts] == valid
+        assert (episode.attempts[1].invalid == InvalidReason.LONG_QUESTION) == (not valid[1])
+        assert prompts[0] < prompts[1] and any("7" * 300 in prompt for prompt, *_ in engine.calls) == valid[1]
+
+
+def _reasoner_prompt(text):
+    style = Wording.of("few_shot", CodePoints()).style
+    return style.reasoner_prompt(style.parse_task(text, "String"))
 
 
 def test_one_passage_whole(play):
