@@ -34,6 +34,7 @@ from megatron_spice.checkpoint import store  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
 from megatron_spice.curriculum.rows import RECIPE_NAME  # noqa: E402
+from megatron_spice.report.runs import before_folder  # noqa: E402
 from tools.study_summary import Outcome, summary, table  # noqa: E402
 
 ASKED = "asked.txt"
@@ -200,11 +201,10 @@ def jobs(study: Study, runs: Sequence[Trained], dry_run: bool = False) -> Iterat
 
 
 def _before(study: Study, run: Trained) -> Path:
-    """Where the results of the model before training are: runs share them that ask it in the same way."""
+    """Where the results of the model before training are."""
     resolved = run.folder / RECIPE_NAME
     game = (load_config(resolved) if resolved.exists() else load_config(run.arguments[0], run.arguments[1:])).game
-    model = str(run.model).strip("/").replace("/", "-")
-    return study.output / "before" / f"{model}-{game.prompt_style}-{game.reasoner_max_tokens}"
+    return before_folder(study.output, run.model, game.prompt_style, game.reasoner_max_tokens)
 
 
 if __name__ == "__main__":

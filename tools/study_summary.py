@@ -1,8 +1,8 @@
 """What a study found, from the files that its runs, evaluations and matches have left.
 
-Intervals of a recipe's numbers are bootstrapped over seeds: with three of them they say little more than the spread. Changes of a
-score, before to after and from recipe to recipe, are of the same questions in the same seeds, and their intervals are over both
-(`evaluation/paired.py`).
+A seed is one observation: a recipe's number is the mean of its seeds' with Student's interval, as in a run's report, and of a
+single seed there is none. Changes of a score, before to after and from recipe to recipe, are of the same questions in the same
+seeds, and their intervals are over both (`evaluation/paired.py`); of a single seed they are over its questions alone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_spice.crossplay.matrix import interval
 from megatron_spice.evaluation.paired import change, marks
+from megatron_spice.report.change import mean_interval
 from megatron_spice.telemetry.json_lines import read_json_lines
 from megatron_spice.telemetry.run_log import METRICS_NAME
 
@@ -103,8 +103,8 @@ def _changes(outcomes: Sequence[Outcome], task: str) -> dict[str, dict[str, Any]
     return told
 
 
-def _mean(values: Sequence[float]) -> dict[str, float]:
-    low, high = interval(values)
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return {"mean": fmean(values), "low": low, "high": high, "seeds": len(values)}
 
 
@@ -115,7 +115,7 @@ def table(found: dict[str, Any]) -> str:
     for quantity, by_recipe in found["quantities"].items():
         lines.append(quantity)
         for name, told in by_recipe.items():
-            line = f"  {name:24} {told['mean']:8.4f} [{told['low']:.4f}, {told['high']:.4f}] over {told['seeds']} seed(s)"
+            line = f"  {name:24} {told['mean']:8.4f} {_interval(told, '.4f')} over {told['seeds']} seed(s)"
             if other := told.get("difference"):
                 line += f"; less {first}: {_signed(other)}"
             lines.append(line)
@@ -123,10 +123,17 @@ def table(found: dict[str, Any]) -> str:
     for task, by_recipe in found["changes"].items():
         lines.append(f"change of {task}, question by question")
         for name, told in by_recipe.items():
-            lines += [f"  {name:24} {words[word]:24} {_signed(each)} over {each['items']} questions x {each['runs']} seed(s)"
-                      for word, each in told.items()]  # fmt: skip
+            for word, each in told.items():
+                over = f"{each['items']} questions" + (f" x {each['runs']} seeds" if each["runs"] > 1 else " of one seed")
+                lines.append(f"  {name:24} {words[word]:24} {_signed(each)} over {over}")
     return "\n".join(lines) + "\n"
 
 
 def _signed(told: dict[str, Any]) -> str:
-    return f"{told['mean']:+.4f} [{told['low']:+.4f}, {told['high']:+.4f}]"
+    return f"{told['mean']:+.4f} {_interval(told, '+.4f')}"
+
+
+def _interval(told: dict[str, Any], form: str) -> str:
+    if told["low"] is None:
+        return "[no interval]"
+    return f"[{told['low']:{form}}, {told['high']:{form}}]"

@@ -88,11 +88,16 @@ def read_run(folder: Path) -> Run:
 
 def _before(folder: Path, recipe: dict[str, object]) -> list[Score]:
     """What a study found of the model that its runs began with, beside them in `before/`, as scores of iteration 0."""
-    model = recipe.get("policy.model")
-    if not isinstance(model, str):
+    asked = [recipe.get(key) for key in ("policy.model", "game.prompt_style", "game.reasoner_max_tokens")]
+    if None in asked:
         return []
-    scores, _ = read_scores(folder.resolve().parent / "before" / model.strip("/").replace("/", "-"))
+    scores, _ = read_scores(before_folder(folder.resolve().parent, *asked))
     return [replace(score, iteration=0) for score in scores]
+
+
+def before_folder(study: Path, model: object, prompt_style: object, reasoner_max_tokens: object) -> Path:
+    """Where a study keeps the results of a model before training: runs that ask it in the same way share them."""
+    return study / "before" / f"{str(model).strip('/').replace('/', '-')}-{prompt_style}-{reasoner_max_tokens}"
 
 
 def _in_order(records: list, path: Path) -> tuple[list[dict], list[str]]:

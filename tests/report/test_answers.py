@@ -12,7 +12,7 @@ from made_run import episode, made_run, write_lines
 from megatron_spice.report import answers
 from megatron_spice.report.episode_file import scan
 from megatron_spice.report.groups import Group, group_runs
-from megatron_spice.report.runs import read_run
+from megatron_spice.report.runs import before_folder, read_run
 
 
 def group_of(*folders: Path) -> Group:
@@ -76,8 +76,10 @@ def test_a_study_evaluates_before_and_after_over_seeds(tmp_path: Path) -> None:
         tasks = [{"task": "factbook", "mean": score, "low": score - 0.2, "high": score + 0.2, "items": 30}]
         (folder / "results.json").write_text(json.dumps({"model": f"{folder.parent}/checkpoints/iteration_0000020", "tasks": tasks}))
 
-    evaluated(tmp_path / "before" / "assets-tiny", 0.1)
-    runs = [made_run(tmp_path / f"full-seed{seed}", 20, {"train": {"seed": seed}, "policy": {"model": "assets/tiny"}}, reasoner__pass_rate=noisy(0.1, 0.2, 20)) for seed in range(3)]
+    evaluated(before_folder(tmp_path, "assets/tiny", "few_shot", 12), 0.1)
+    evaluated(before_folder(tmp_path, "assets/tiny", "few_shot", 48), 0.9)  # asked in another way
+    recipe = {"policy": {"model": "assets/tiny"}, "game": {"prompt_style": "few_shot", "reasoner_max_tokens": 12}}
+    runs = [made_run(tmp_path / f"full-seed{seed}", 20, {"train": {"seed": seed}, **recipe}, reasoner__pass_rate=noisy(0.1, 0.2, 20)) for seed in range(3)]
     for seed, run in enumerate(runs):
         evaluated(run / "evaluation", 0.3 + seed / 100)
     answer = answers.reasoner(group_of(*runs), None, None)

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.loader import load_config
+from megatron_spice.report.runs import read_run
 from tools import study as tool
 from tools.study import Trained, jobs, main, read, trained
 from tools.study_summary import Outcome, summary, table
@@ -87,15 +88,43 @@ def test_sums_are_of_seeds_and_differences_of_pairs(study):
     rates = found["quantities"]["reasoner/pass_rate"]
     assert rates["spice"]["by_seed"] == {0: 0.2, 1: 0.4} and rates["spice"]["mean"] == pytest.approx(0.3)
     assert rates["threshold"]["difference"]["mean"] == pytest.approx(0.3)
-    assert (rates["threshold"]["difference"]["low"], rates["threshold"]["difference"]["high"]) == pytest.approx((0.2, 0.4))
+    # Differences of 0.4 and 0.2: Student's 12.7062 with one degree of freedom, times their error of 0.1.
+    low, high = (rates["threshold"]["difference"][end] for end in ("low", "high"))
+    assert (low, high) == pytest.approx((0.3 - 1.27062, 0.3 + 1.27062), rel=1e-3)
     assert found["quantities"]["evaluation/factbook less before"]["spice"]["by_seed"] == pytest.approx({0: 0.1, 1: 0.3})
     assert found["quantities"]["crossplay/late Challenger, early Reasoner"]["spice"]["seeds"] == 2
-    assert "less spice: +0.3000 [+0.2000, +0.4000]" in table(found)
+    assert "less spice: +0.3000 [-0.9706, +1.5706]" in table(found)
     changes = found["changes"]["factbook"]
     assert changes["spice"]["since_before"]["mean"] == pytest.approx(0.2) and "from_first" not in changes["spice"]
     assert changes["threshold"]["from_first"]["mean"] == pytest.approx(-0.1)
     assert (changes["threshold"]["from_first"]["runs"], changes["threshold"]["from_first"]["items"]) == (2, 10)
     assert "less spice               -0.1000 [" in table(found)
+
+
+def test_one_seed_has_no_interval_but_its_questions_have(study):
+    runs, told = list(trained(read(study)))[:2], read(study)
+    for run, score in zip(runs, (0.3, 0.5)):
+        _finish(told, run, 0.2, score)
+    found = summary([Outcome(run, told.output / "before") for run in runs])
+    rates = found["quantities"]["reasoner/pass_rate"]
+    assert (rates["spice"]["low"], rates["spice"]["high"], rates["threshold"]["difference"]["low"]) == (None, None, None)
+    change = found["changes"]["factbook"]["threshold"]["from_first"]
+    assert change["low"] < change["mean"] < change["high"]
+    text = table(found)
+    assert "0.2000 [no interval] over 1 seed(s); less spice: +0.0000 [no interval]" in text
+    assert "] over 10 questions of one seed" in text
+
+
+def test_a_runs_report_finds_what_the_study_evaluated_before_training(study):
+    told = read(study)
+    for run in trained(told):
+        _finish(told, run, 0.5, 0.6)
+        (run.folder / "recipe.yaml").write_text(resolved(load_config(run.arguments[0], run.arguments[1:])))
+        [before, *_] = (job.done.parent for job in jobs(told, [run]) if job.done.name == "results.json")
+        before.mkdir(parents=True, exist_ok=True)
+        _answer(before, 0.2)
+        scores = read_run(run.folder).scores
+        assert [(score.iteration, score.score) for score in scores] == [(0, 0.2), (20, 0.6)]
 
 
 @pytest.mark.parametrize(("change", "left"), [
