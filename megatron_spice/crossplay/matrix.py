@@ -1,7 +1,8 @@
 """The outcome of a match: pass rates of every Reasoner on every Challenger's tasks, with intervals, as JSON, table and figure.
 
-The unit is the passage: answers to one task go together, so intervals are percentiles of means over passages drawn again with
-replacement (bootstrap), not of single answers.
+The unit is the task, of which there is one a passage: answers to one task go together, so intervals are percentiles of means over
+tasks drawn again with replacement (bootstrap), not of single answers. They say how the same two models would do on other passages;
+how another seed's models would do is not in them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from megatron_spice.crossplay.match import Match
 from megatron_spice.crossplay.players import Player
 
 RESAMPLES = 2000
+OVER = "95 %, bootstrap over tasks, one a passage"
 
 
-def interval(values: Sequence[float], seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
-    """Bootstrap percentiles of the mean of `values` (one or more)."""
+def interval(values: Sequence[float], seed: int = 0, confidence: float = 0.95) -> tuple[float, float] | tuple[None, None]:
+    """Bootstrap percentiles of the mean of many `values`; None for a single one, which has no spread."""
+    if len(values) < 2:
+        return None, None
     rng = random.Random(seed)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     cut = round((1 - confidence) / 2 * (RESAMPLES - 1))
@@ -45,13 +49,13 @@ def matrix(match: Match, challengers: Sequence[Player], reasoners: Sequence[Play
         for challenger in challengers:
             met = [line for line in answers if line["challenger"] == challenger.name]
             rates = [fmean(line["correct"]) for line in met if "refused" not in line]
-            low, high = interval(rates) if rates else (None, None)
+            low, high = interval(rates)
             pairs.append({
                 "challenger": challenger.name, "reasoner": reasoner.name, "tasks": len(rates), "refused": len(met) - len(rates),
                 "pass_rate": fmean(rates) if rates else None, "low": low, "high": high,
             })  # fmt: skip
     sources = {player.name: player.source for player in (*challengers, *reasoners)}
-    return {"models": sources, "challengers": written, "pairs": pairs, "interval": "95 %, bootstrap over passages"}
+    return {"models": sources, "challengers": written, "pairs": pairs, "interval": OVER}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -63,13 +67,18 @@ def table(found: dict[str, Any]) -> str:
         rows.append([reasoner, *(_cell(pairs[name]) for name in names)])
     rows.append(["valid attempts", *(f"{found['challengers'][name]['valid_share']:.0%}" for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"n: tasks; [interval]: {OVER}, of these models alone"])
 
 
 def _cell(pair: dict[str, Any]) -> str:
     if pair["pass_rate"] is None:
         return "no task"
-    return f"{pair['pass_rate']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}] n={pair['tasks']}"
+    return f"{pair['pass_rate']:.3f} {_span(pair, '.3f')} n={pair['tasks']}"
+
+
+def _span(pair: dict[str, Any], form: str) -> str:
+    return "[no interval]" if pair["low"] is None else f"[{pair['low']:{form}}, {pair['high']:{form}}]"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -87,7 +96,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         row, column = reasoners.index(pair["reasoner"]), challengers.index(pair["challenger"])
         if pair["pass_rate"] is not None:
             rates[row][column] = pair["pass_rate"]
-            words = f"{pair['pass_rate']:.2f}\n[{pair['low']:.2f}, {pair['high']:.2f}]"
+            words = f"{pair['pass_rate']:.2f}\n{_span(pair, '.2f')}"
             colour = "white" if pair["pass_rate"] < 0.5 else "black"
             axes.text(column, row, words, ha="center", va="center", fontsize=9, color=colour)
     image = axes.imshow(rates, vmin=0, vmax=1, cmap="viridis", aspect="auto")

@@ -16,7 +16,7 @@ from scripted_game import GHANA, CodePoints, Scripted
 
 from megatron_spice.config.loader import load_config
 from megatron_spice.crossplay.match import Match
-from megatron_spice.crossplay.matrix import interval, matrix, table
+from megatron_spice.crossplay.matrix import draw, interval, matrix, table
 from megatron_spice.crossplay.players import Player, check, players
 from megatron_spice.game.play import Table, Wording
 from megatron_spice.game.verify import Verifier
@@ -25,7 +25,7 @@ from megatron_spice.rollout.engine import EngineRefused
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=40))
 @settings(max_examples=20)
 def test_an_interval_holds_the_mean_and_lies_within_the_values(values):
     low, high = interval(values)
@@ -82,7 +82,9 @@ def test_an_interrupted_match_has_the_rest_to_play_and_its_numbers_are_those_of_
     found = matrix(match, [early, late], [late])
     assert found["challengers"]["early"] == {"passages": 3, "with_task": 2, "refused": 0, "valid_share": 3 / 24}
     assert [(pair["tasks"], pair["pass_rate"]) for pair in found["pairs"]] == [(1, 0.5), (0, None)]
-    assert "0.500 [0.500, 0.500] n=1" in table(found) and "no task" in table(found)
+    assert "0.500 [no interval] n=1" in table(found) and "no task" in table(found)
+    assert "bootstrap over tasks" in found["interval"] and "bootstrap over tasks" in table(found)
+    draw(found, tmp_path / "matrix.png")
 
 
 def test_what_an_engine_refuses_is_noted_and_counts_in_no_rate(tmp_path):
