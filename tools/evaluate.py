@@ -12,7 +12,8 @@ cuts the documents that `--tasks factbook` asks about out of a corpus.
 
 Each line of ANSWERS is {"gold": ..., "answer_type": "MCQ" | "Integer" | "Expression" | "String", "response": ...}, with a
 `question` and an `id` if there are any; `-` reads standard input. Each line of the output is the verdict on the same line of
-the input: {"correct": true, "extracted": "42", "reason": "number"}, or {"error": ...} for a line that is no record.
+the input: {"correct": true, "extracted": "42", "reason": "number"}, or {"error": ...} for a line that is no record, or whose
+gold answer is none of its type (an integer such as 42 or 1,234; a letter such as C, (c) or C), or an option's own text).
 Exit codes: 0 done, 1 some lines were not graded, 2 wrong arguments or input, or a server that failed, 130 stopped.
 """
 

@@ -1,7 +1,8 @@
 """Grading outside of a game: what training's extraction and verifier make of answers that somebody else collected.
 
 A record is {"gold": ..., "answer_type": "MCQ" | "Integer" | "Expression" | "String", "response": ...}, and optionally the
-`question`, whose options decide what a letter means. A response's answer is what its last complete box holds.
+`question`, whose options decide what a letter means. A response's answer is what its last complete box holds. A gold answer
+that its type does not allow is an error of the record: whatever the response said would count as wrong, or stop the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, get_args
 
 from megatron_spice.config.schema import AnswerType, VerifierConfig
 from megatron_spice.game.extract import last_boxed
+from megatron_spice.game.numerals import is_integer
+from megatron_spice.game.options import letter_of, options_in
 from megatron_spice.game.records import Task
 from megatron_spice.game.verify import Verifier
 
@@ -39,7 +42,29 @@ def read_record(record: Any) -> tuple[Task, str]:
     question = record.get("question", "")
     if not isinstance(question, str):
         raise ValueError(f"question is {_shown(question)}, expected a string")
-    return Task(question, record["gold"], record["answer_type"]), record["response"]
+    gold = _checked_gold(record["gold"], record["answer_type"], question)
+    return Task(question, gold, record["answer_type"]), record["response"]
+
+
+def _checked_gold(gold: str, answer_type: str, question: str) -> str:
+    """The gold answer as the verifier takes it: the bare letter of `(c)` or `C)`, an integer without spaces around it.
+
+    Raises:
+        ValueError: it is none of its type.
+    """
+    if not gold.strip():
+        raise ValueError("gold is empty")
+    if answer_type == "Integer":
+        if not is_integer(gold.strip()):
+            raise ValueError(f"gold is {gold!r:.60}, expected an integer such as 42 or 1,234 for the answer_type Integer")
+        return gold.strip()
+    if answer_type == "MCQ" and not (len(gold) == 1 and "A" <= gold <= "Z"):
+        # Where no options can be read, any letter may be one.
+        letter = letter_of(gold, question, gold="" if options_in(question) else "Z")
+        if letter is None:
+            raise ValueError(f"gold is {gold!r:.60}, expected a letter of an option for the answer_type MCQ")
+        return letter
+    return gold
 
 
 def _shown(value: Any) -> str:

@@ -54,6 +54,24 @@ def test_lines_that_are_no_records_are_named_and_the_rest_is_graded():
     assert "1 of 1 correct" in summary
 
 
+def test_a_gold_answer_that_is_none_of_its_type_is_an_error_of_its_line_alone():
+    golds = [("42.0", "Integer"), ("42 km", "Integer"), ("", "String"), ("neither", "MCQ"), ("H", "Integer"), (" 42 ", "Integer")]
+    code, verdicts, summary = grade("".join(line(gold, kind, r"\boxed{42 m}", id=gold) for gold, kind in golds))
+    assert code == 1 and [verdict["id"] for verdict in verdicts] == [gold for gold, _ in golds]
+    assert all("gold is" in verdict["error"] for verdict in verdicts[:5]) and verdicts[5]["correct"]
+    assert "expected an integer" in verdicts[0]["error"] and "expected a letter" in verdicts[3]["error"]
+    assert "1 of 1 correct" in summary and "5 error" in summary
+
+
+def test_a_gold_letter_may_be_written_as_benchmarks_do():
+    question = "Which?\nA) Oslo\nB) Rome\nC) Bern"
+    golds = ["(C)", "C)", "c", "C", "**C.**", r"\text{(C)}", "Bern", "C) Bern"]
+    code, verdicts, _ = grade("".join(line(gold, "MCQ", r"\boxed{C}", question=question) for gold in golds))
+    assert code == 0 and all(verdict["correct"] and verdict["reason"] == "letter" for verdict in verdicts)
+    code, verdicts, _ = grade(line("(F)", "MCQ", r"\boxed{F}") + line("(F)", "MCQ", r"\boxed{F}", question=question))
+    assert code == 1 and verdicts[0]["correct"] and "expected a letter" in verdicts[1]["error"]
+
+
 def test_no_file_and_no_line():
     done = subprocess.run([sys.executable, TOOL, "grade", "/nowhere.jsonl"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "/nowhere.jsonl" in done.stderr
