@@ -54,8 +54,9 @@ def describe(config: Config, num_nodes: int, calibration: Path | None = None) ->
     if layout is not None:
         parts.append(_ranks(config, num_nodes, layout))
         text, too_much = memory(config, shape, layout)
-        parts += [text, checkpoint_room.describe(config, shape)[0]]
-        problems = problems + too_much
+        room, too_full = checkpoint_room.describe(config, shape, from_afar=True)
+        parts += [text, room]
+        problems = [*problems, *too_much, *([too_full] if too_full else [])]
         parts.append(estimate.table(config, shape, num_nodes, constants, machine.usable_cores()))
     if not check_layout(config, num_nodes):
         parts.append(_engines(config, num_nodes))
@@ -111,7 +112,14 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str]) -> str:
 
 
 def launch_environment(config: Config) -> str:
-    """What slurm/spice.sh needs to know, as shell assignments that `eval` can read."""
+    """What slurm/spice.sh needs to know, as shell assignments that `eval` can read.
+
+    Raises:
+        ConfigError: no checkpoint fits where the run is to write: better said here than by ranks that have been started for it.
+    """
+    _, too_full = checkpoint_room.describe(config, read_architecture(config.policy.model), from_afar=True)
+    if too_full:
+        raise ConfigError(too_full)
     values = {
         "SPICE_RANKS_PER_NODE": config.cluster.ranks_per_node,
         "SPICE_DEVICE_KIND": machine.device(config.cluster.device),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from published_shapes import add_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "examples/quickstart.yaml"
@@ -99,6 +100,27 @@ def test_a_plan_says_what_memory_it_takes_and_refuses_what_cannot_fit(tmp_path):
     assert done.returncode == 2
     assert "training takes" in done.stderr and "policy.tensor_parallel_size" in done.stderr
     assert "rollout.memory_fraction=0.6 of the" in done.stderr and "its weights alone take" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "launch-env"])
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_run_whose_checkpoints_fit_on_no_disk_is_refused_before_it_queues(tmp_path, command, is_seen):
+    """Where nothing of run.dir is on this machine, nothing is known of its disk and nothing is said against it."""
+    model, corpus = tmp_path / "model", add_corpus(tmp_path / "corpus", "qwen3-4b")
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**MODEL, "vocab_size": 10**12, "max_position_embeddings": 16384}))
+    run_dir = tmp_path / "run" if is_seen else Path("/not-mounted-here/run")
+    settings = [f"policy.model={model}", f"corpus.path={corpus}", "rollout.context_length=16384", f"run.dir={run_dir}"]
+    done = run(command, QUICKSTART, *settings)
+    assert "Traceback" not in done.stderr
+    refused = f"run.dir={run_dir}: its file system has" in done.stderr and "and a checkpoint takes" in done.stderr
+    assert refused == is_seen, done.stderr
+    if is_seen:
+        assert done.returncode == 2 and "make room, or name a run.dir where there is" in done.stderr
+    if command == "launch-env":
+        assert (done.returncode, "SPICE_RUN_DIR" in done.stdout) == ((2, False) if is_seen else (0, True)), done.stderr
+    elif not is_seen:
+        assert "what is free cannot be seen from here" in done.stdout
 
 
 def test_config_prints_a_recipe_that_loads_again(tmp_path):

@@ -19,19 +19,26 @@ def checkpoint_bytes(config: Config, architecture: ModelArchitecture) -> int:
     return engine_parameters(architecture, 1) * (width + 12)
 
 
-def describe(config: Config, architecture: ModelArchitecture) -> tuple[str, str | None]:
+def describe(config: Config, architecture: ModelArchitecture, from_afar: bool = False) -> tuple[str, str | None]:
     """What checkpoints take and what there is, in words, and what is in the way of even one.
 
     While one is written, `checkpoint.keep` others are there; those that are there already need no more room.
+
+    Args:
+        from_afar: the run will not be started in this process, so a file system that is not mounted here is no problem of its.
     """
     run_dir, keep = config.run.dir, config.checkpoint.keep
     there = min(keep, len(store.whole_checkpoints(store.folder_of(run_dir))))
     one = checkpoint_bytes(config, architecture)
-    needed, free = (keep + 1 - there) * one, _free(run_dir)
+    needed = (keep + 1 - there) * one
     text = (
         f"# Checkpoints: {one / GB:.2f} GB each; checkpoint.keep={keep} and one that is written, of which {there} are there, need "
-        f"{needed / GB:.2f} GB more; the file system of run.dir has {free / GB:.2f} GB free\n"
+        f"{needed / GB:.2f} GB more; "
     )
+    if from_afar and _nearest_folder(run_dir) == Path("/"):
+        return f"{text}what is free cannot be seen from here: nothing of run.dir={run_dir} is on this machine\n", None
+    free = _free(run_dir)
+    text += f"the file system of run.dir has {free / GB:.2f} GB free\n"
     if free >= needed:
         return text, None
     key = f"run.dir={run_dir}: its file system has {free / GB:.2f} GB free, checkpoint.keep={keep}"
@@ -41,10 +48,15 @@ def describe(config: Config, architecture: ModelArchitecture) -> tuple[str, str 
     return f"{text}warning: {key} and one more need {needed / GB:.2f} GB; make room{fewer}, or name another run.dir\n", None
 
 
-def _free(path: Path) -> int:
-    """Bytes free where `path` is or would be made."""
+def _nearest_folder(path: Path) -> Path:
+    """`path`, or the folder that is there and that it would be made in."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
-    found = os.statvfs(path)
+    return path
+
+
+def _free(path: Path) -> int:
+    """Bytes free where `path` is or would be made."""
+    found = os.statvfs(_nearest_folder(path))
     return found.f_bavail * found.f_frsize

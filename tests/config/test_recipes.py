@@ -22,7 +22,8 @@ def test_a_recipe_fits_the_nodes_in_its_name(path, tmp_path):
     said = NAME.fullmatch(path.name)
     assert said, "recipes are named <model>-<nodes>n<ranks>g-<layout>-<precision>.yaml"
     model, corpus = add_model(tmp_path / "model", said["model"]), add_corpus(tmp_path / "corpus", said["model"])
-    config = load_config(path, [f"policy.model={model}", f"corpus.path={corpus}"])
+    # A run.dir that is not on this machine, whose disk is not the cluster's.
+    config = load_config(path, [f"policy.model={model}", f"corpus.path={corpus}", "run.dir=/not-mounted-here/run"])
     text, problems = plan.describe(config, int(said["nodes"]))
     assert not problems, "\n".join(problems)
     assert config.cluster.ranks_per_node == int(said["ranks"]) and config.policy.precision == said["precision"]
