@@ -83,7 +83,9 @@ class GameConfig(Room):
         None, description="Reject questions that share a run of so many words with the passage (`audit/copied_words`); null: none."
     )
     reject_giveaways: bool = Field(False, description="Reject questions in which their own answer stands.")
-    reject_duplicates: bool = Field(False, description="Reject a question that an earlier attempt on the same passage asked.")
+    reject_duplicates: bool = Field(
+        False, description="Reject a question that an earlier valid attempt of the same game (one passage, played once) asked word for word."
+    )
     advantage_baseline: Literal["group", "role"] = Field(
         "group", description="What is subtracted from a reward: the mean of its group, or a running mean of its role (SPIRAL)."
     )
