@@ -98,7 +98,7 @@ def looks_arithmetic(text: str) -> bool:
 
 def without_unit(text: str) -> tuple[str, str]:
     """An expression and the unit written behind it as `\\text{...}` or degrees, "" for none. What is only words has none."""
-    text = text.strip().rstrip("$. ")
+    text = text.strip().rstrip("$\\. ")
     match = _UNIT.search(text)
     if match is None or not re.search(r"[0-9A-Za-z]", strip_latex(text[: match.start()])):
         return text, ""

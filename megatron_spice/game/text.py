@@ -18,6 +18,7 @@ _WRAPPER = re.compile(
 _SPACING = re.compile(
     r"(?<!\\)\\[,;:! ]|~|\\(?:q?quad|displaystyle|textstyle|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|rm|it)(?![a-zA-Z])"
 )
+_DOLLAR = re.compile(r"(?<!\\)\\+\$")
 # What typesetting makes of an apostrophe, a quote and a hyphen (NFKC leaves them alone).
 _TYPOGRAPHY = str.maketrans(
     {**dict.fromkeys("\u2018\u2019\u02bc", "'"), **dict.fromkeys("\u201c\u201d", '"')}
@@ -27,8 +28,9 @@ _DECORATION = " \t\r\n.,;:!?'\"`*\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
 def strip_latex(text: str) -> str:
-    """`text` without math delimiters, text wrappers such as `\\text{...}` and LaTeX spacing; other commands stay."""
+    """`text` without math delimiters, dollar signs, text wrappers such as `\\text{...}` and LaTeX spacing; other commands stay."""
     text = text.replace(",\\!", ",")  # how LaTeX writes a comma between thousands
+    text = _DOLLAR.sub("", text)  # its backslash would be left alone, or taken for that of a space
     text = text.replace("\\(", " ").replace("\\)", " ").replace("\\[", " ").replace("\\]", " ").replace("$", "")
     for _ in range(4):  # wrappers nest, but never deeply in earnest
         text, changed = _WRAPPER.subn(r"\1", text)
