@@ -1,8 +1,11 @@
-"""Scores with 95 % intervals: Wilson's for shares of right answers, a bootstrap over items where an item has several answers.
+"""Scores with 95 % intervals: Wilson's for shares of right answers, and one over items where an item has several answers.
 
 With one answer an item the score is a share of independent trials. With k answers it is not: the answers to one question go
-together, so whole items are drawn again [avg@k: 10,000 resamples, fixed seed]. The mean of columns takes their errors as
-independent.
+together, so questions are what is counted [avg@k]. Student's interval over their means alone would have no width where all
+are alike, as 0 right of 30 questions, and be too narrow near there: so, as Agresti and Coull do for shares, one more question
+that is all right and one that is all wrong are put beside them. Simulated, it then holds the truth 94 times in 100 or more
+in every population that was tried, and more often than it says where questions hardly differ (`tests/evaluation/test_score.py`).
+The mean of columns takes their errors as independent.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_spice.report.change import student
+
 Z = 1.959963984540054  # of a normal distribution, 95 %
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,15 @@ def score(correct: Sequence[Sequence[bool]]) -> Score:
     means = np.array([sum(item) / samples for item in correct])
     if samples == 1:
         return Score(float(means.mean()), *wilson(int(means.sum()), len(means)), len(means), 1)
-    picks = np.random.default_rng(0).integers(0, len(means), size=(RESAMPLES, len(means)))
-    low, high = np.quantile(means[picks].mean(axis=1), [0.025, 0.975])
-    return Score(float(means.mean()), float(low), float(high), len(means), samples)
+    return Score(float(means.mean()), *over_items(means), len(means), samples)
+
+
+def over_items(means: np.ndarray) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean of a population of items, from the means of some, [items] in [0, 1]."""
+    beside = np.append(means, [0.0, 1.0])
+    middle, error = float(beside.mean()), float(beside.std(ddof=1)) / math.sqrt(len(beside))
+    half = student(len(beside) - 1) * error
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
