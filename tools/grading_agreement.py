@@ -39,7 +39,7 @@ def collect(logs: list[Path], made: list[Path], cases: Path | None) -> list[dict
     found = [json.loads(line) for file in made for line in file.read_text(encoding="utf-8").splitlines()]
     for log in logs:
         header, *records = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        for record in records:
+        for record in {record["id"]: record for record in records}.values():  # the last line of a question counts
             for number, answer in enumerate(record["answers"]):
                 about = {"id": f"{log.parent.name}/{header['task']}/{record['id']}/{number}", "source": f"{header['style']} {header['task']}"}
                 found.append({**about, "style": "line" if header["style"] == "few_shot" else "boxed", **_of(record), "response": answer["response"]})

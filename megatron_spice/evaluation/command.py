@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,10 +29,10 @@ from megatron_spice.config.schema import RolloutConfig, VerifierConfig
 from megatron_spice.convert.stamp import stamp
 from megatron_spice.evaluation import model as models
 from megatron_spice.evaluation import sources, table
-from megatron_spice.evaluation.endpoint import Endpoint
+from megatron_spice.evaluation.endpoint import Endpoint, EndpointError
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
-from megatron_spice.evaluation.log import TaskLog
+from megatron_spice.evaluation.log import FORMAT, TaskLog
 from megatron_spice.evaluation.run import Evaluator, Result
 from megatron_spice.evaluation.tasks import Benchmark, find_all
 from megatron_spice.game.verify import Verifier
@@ -50,19 +51,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="append", default=[], metavar="TASK=PATH|FOLDER", help="where a task's rows are, or a folder of them by name")
     parser.add_argument("--map", action="append", default=[], metavar="[TASK.]MEANING=FIELD", help="a field's name, such as question=problem")
     parser.add_argument("--split", default="test", help="of data sets with several [%(default)s]")
-    parser.add_argument("--limit", type=positive, help="only so many questions of each task, the first ones")
+    parser.add_argument("--limit", type=positive, help="only so many questions of each task, the first ones; may be raised later")
     parser.add_argument("--recipe", type=Path, help="take prompt style, longest answer and verifier from a training recipe")
     parser.add_argument("--style", choices=["chat", "few_shot"], help="prompts [the recipe's, else chat]")
     parser.add_argument("--max-tokens", type=positive, help="longest answer [the recipe's, else 4096 for chat, 32 for few_shot]")
     parser.add_argument("--samples", type=positive, help="answers a question, instead of the task's own number")
     parser.add_argument("--temperature", type=not_negative, help="instead of the task's own")
-    parser.add_argument("--output", type=Path, help="folder for logs and results [runs/evaluations/NAME-OF-MODEL]")
+    parser.add_argument("--output", type=Path, help="folder for logs and results [runs/evaluations/NAME-OF-MODEL, of a server its address and --served-name]")
     parser.add_argument("--hf", type=Path, help="Hugging Face folder with config.json and tokenizer, for checkpoints without")
     parser.add_argument("--engine", action="append", default=[], metavar="KEY=VALUE", help="a setting of `rollout`, such as tensor_parallel_size=2")
     parser.add_argument("--in-flight", type=positive, default=64, help="questions asked at a time [%(default)s]")
     parser.add_argument("--served-name", default="", help="the model's name at a server [the first it lists]")
     parser.add_argument("--tokenizer", type=Path, help="for an SGLang server: Hugging Face folder; prompts then go as ids, as in training")
-    parser.add_argument("--judge", metavar="URL", help=f"OpenAI-compatible server that judges mathematics; its key in {JUDGE_KEY_VARIABLE}")
+    parser.add_argument("--judge", metavar="URL", help=f"OpenAI-compatible server that judges mathematics, answers in the log too; its key in {JUDGE_KEY_VARIABLE}")
     parser.add_argument("--judge-model", default="", help="the judge's name there [the first it lists]")
 
 
@@ -99,17 +100,19 @@ class Plan:
         self.max_tokens = self.max_tokens or MAX_TOKENS[self.style]
         self.engine = _engine(options.engine)
         self.source = options.model
-        if not models.is_url(self.source):
+        self.is_served = models.is_url(self.source)
+        if not self.is_served:
             if not Path(self.source).is_dir():
                 raise FileNotFoundError(f"{self.source} is neither a folder nor an address that begins with http:// or https://")
             self.source = str(Path(self.source).resolve())
-        self.folder = options.output or Path("runs/evaluations") / name_of(self.source)
+        name = name_of(self.source, options.served_name if self.is_served else "", self.is_served and options.tokenizer is not None)
+        self.folder = options.output or Path("runs/evaluations") / name
         self.tasks: list[tuple[Benchmark, list[Item]]] = []
         for benchmark in find_all(options.tasks):
             items = sources.load(sources.request_for(benchmark, options.data, options.map), options.split, options.limit)
             self.tasks.append((_asked(benchmark, options), items))
         self.weights = ""
-        if not models.is_url(self.source):
+        if not self.is_served:
             models.check(Path(self.source), options.hf)
             self.weights = stamp(Path(self.source))
 
@@ -121,18 +124,27 @@ class Plan:
         return self.folder / f"exported-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What decides the answers, but for the task: the first line of each log."""
-        judge = None if not self.options.judge else {"url": self.options.judge, "model": self.options.judge_model}
-        return {
-            "model": self.source, "weights": self.weights, "style": self.style, "max_tokens": self.max_tokens, "judge": judge,
-            "version": __version__,
-        }  # fmt: skip
+    def judge(self) -> dict[str, str] | None:
+        """Who judges beside the rules, for the results."""
+        return {"url": self.options.judge, "model": self.options.judge_model} if self.options.judge else None
 
-    def header(self, benchmark: Benchmark, items: list[Item]) -> dict[str, Any]:
+    def about(self, serves: dict[str, str] | None) -> dict[str, Any]:
+        """What decides the answers, but for the task and its questions. Behind an address there may be one model today and another
+        tomorrow, so it takes what was asked for there, and what the server `serves` (None: not known)."""
+        about = {"model": self.source, "weights": self.weights, "style": self.style, "max_tokens": self.max_tokens, "version": __version__}
+        if self.is_served:
+            tokenizer = self.options.tokenizer and str(self.options.tokenizer.resolve())
+            about |= {"served_name": self.options.served_name, "tokenizer": tokenizer or "", "serves": serves}
+        return about
+
+    def header(self, benchmark: Benchmark, serves: dict[str, str] | None) -> dict[str, Any]:
         """The first line of a task's log."""
         task = {"task": benchmark.name, "samples": benchmark.samples, "temperature": benchmark.temperature}
-        return {**task, **self.about, "questions": sources.fingerprint(items)}
+        return {"format": FORMAT, **task, **self.about(serves)}
+
+    def log_of(self, benchmark: Benchmark) -> Path:
+        """The file of a task's log."""
+        return self.folder / f"{benchmark.name.replace('/', '-')}.jsonl"
 
 
 def _engine(settings: list[str]) -> RolloutConfig:
@@ -161,44 +173,76 @@ def _asked(benchmark: Benchmark, options: argparse.Namespace) -> Benchmark:
     return replace(benchmark, samples=samples, temperature=temperature)
 
 
-def name_of(source: str) -> str:
-    """A folder's name for a model: the last two parts of its path, but for a run's `checkpoints`, or its address."""
+def name_of(source: str, served_name: str = "", by_ids: bool = False) -> str:
+    """A folder's name for a model: the last two parts of its path, but for a run's `checkpoints`; or its address, with the name that
+    was asked for there, and a word where prompts go as ids."""
     parts = [part for part in source.split("://")[-1].replace(":", "-").split("/") if part not in ("", "v1", "checkpoints")]
-    return "-".join(parts[-2:])
+    served = [re.sub(r"[^\w.]+", "-", served_name)] if served_name else []
+    return "-".join([*parts[-2:], *served, *(["ids"] if by_ids else [])])
 
 
 async def evaluate(plan: Plan) -> list[Result]:
-    """Runs a plan: opens the logs, the model, the verifier and the judge, then task after task.
+    """Runs a plan: opens the logs, the judge, the verifier and the model, then task after task.
 
     Raises:
         ValueError: a log was begun otherwise.
         EngineError, EndpointError: a server failed.
     """
-    logs = [TaskLog(plan.folder / f"{benchmark.name.replace('/', '-')}.jsonl", plan.header(benchmark, items)) for benchmark, items in plan.tasks]
+    serves, silence = await _serves(plan)
+    logs: list[TaskLog] = []
     results: list[Result] = []
     try:
+        for benchmark, items in plan.tasks:
+            logs.append(TaskLog(plan.log_of(benchmark), plan.header(benchmark, serves)))
+            logs[-1].expect(item.as_json() for item in items)
+        missing = [sum(item.id not in log.done for item in items) for (_, items), log in zip(plan.tasks, logs, strict=True)]
+        if silence is not None and any(missing):
+            raise silence
+        for (benchmark, items), log, count in zip(plan.tasks, logs, missing, strict=True):
+            if not count:
+                _say(f"{benchmark.name}: all answers, to {len(items)} questions, are from {log.path}; the model is not asked")
         async with AsyncExitStack() as stack:
-            evaluator = None
+            judge = await _judge(plan, stack)
+            evaluator = await _evaluator(plan, stack, judge) if any(missing) else Evaluator(None, None, judge, progress=_progress)
             for (benchmark, items), log in zip(plan.tasks, logs, strict=True):
-                if evaluator is None and any(item.id not in log.done for item in items):  # all answered already: no model is needed
-                    evaluator = await _evaluator(plan, stack)
-                results.append(await (evaluator or Evaluator(None, None)).run(benchmark, items, log))
+                results.append(await evaluator.run(benchmark, items, log))
     finally:
         for log in logs:
             log.close()
     models.discard(plan.exported)
-    table.write(plan.folder, plan.about, results)
+    table.write(plan.folder, {**plan.about(serves), "judge": plan.judge}, results)
     return results
 
 
-async def _evaluator(plan: Plan, stack: AsyncExitStack) -> Evaluator:
-    judge = None
-    if plan.options.judge:
-        key = os.environ.get(JUDGE_KEY_VARIABLE, "")
-        judge = Judge(await stack.enter_async_context(Endpoint(plan.options.judge, key, plan.options.judge_model)))
+async def _serves(plan: Plan) -> tuple[dict[str, str] | None, EndpointError | None]:
+    """What a server says it serves. One that does not answer is an error only where something is to be asked: if all that is wanted
+    has a log, that error is returned, to be raised if the log turns out not to have everything."""
+    if not plan.is_served:
+        return None, None
+    try:
+        return await models.served_by(plan.source, os.environ.get(KEY_VARIABLE, ""), plan.options.served_name), None
+    except EndpointError as error:
+        if not all(path.exists() and path.stat().st_size for path in (plan.log_of(benchmark) for benchmark, _ in plan.tasks)):
+            raise
+        _say(f"{error}\nevaluate: whether it still serves what the logs are of cannot be told")
+        return None, error
+
+
+async def _judge(plan: Plan, stack: AsyncExitStack) -> Judge | None:
+    if not plan.options.judge:
+        return None
+    key = os.environ.get(JUDGE_KEY_VARIABLE, "")
+    return Judge(await stack.enter_async_context(Endpoint(plan.options.judge, key, plan.options.judge_model)))
+
+
+async def _evaluator(plan: Plan, stack: AsyncExitStack, judge: Judge | None) -> Evaluator:
     verifier = await stack.enter_async_context(Verifier(plan.verifier))
     model = await stack.enter_async_context(_model(plan))
     return Evaluator(model, verifier, judge, plan.max_tokens, plan.options.in_flight, _progress)
+
+
+def _say(text: str) -> None:
+    print(f"evaluate: {text}", file=sys.stderr, flush=True)
 
 
 @asynccontextmanager

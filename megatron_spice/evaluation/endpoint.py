@@ -2,22 +2,45 @@
 
 It gets text, not ids, and applies the model's chat template itself. So the same questions are asked in the same words as in
 training, but whether control tokens in them count as such is the server's affair. Whatever fails is tried again, because the
-next hour's questions should not be lost to one refused connection; what keeps failing ends the evaluation.
+next hour's questions should not be lost to one refused connection; what keeps failing ends the evaluation. Only a request that
+does not fit the model's context is told apart, because that is the question's affair and not the server's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import aiohttp
 
 ATTEMPTS = 4
 _FIRST_PAUSE = 1.0
+_FINAL = (400, 401, 403, 404, 405, 413, 422)
+"""Statuses that will not be otherwise the next time."""
+# As SGLang, vLLM, llama.cpp, TGI and OpenAI say it; none of them has a code in common with another.
+_TOO_LONG = re.compile(r"context|too (?:long|large)|\btokens\b|maximum (?:input|sequence|prompt|model) length", re.IGNORECASE)
 
 
 class EndpointError(RuntimeError):
     """A server did not answer, or not with what was asked for."""
+
+
+class Refused(EndpointError):
+    """A server answered, and what it said was no. `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TooLong(RuntimeError):
+    """A question, with room for its answer, does not fit the context of the model that is asked. Others may."""
+
+
+def is_too_long(status: int, said: str) -> bool:
+    """Whether a server's refusal is about the length of the request."""
+    return status in (400, 413, 422) and _TOO_LONG.search(said) is not None
 
 
 class Endpoint:
@@ -46,11 +69,32 @@ class Endpoint:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
+    async def about(self) -> dict[str, str]:
+        """What the server says of the model behind its name: "id" and "root" as it lists them, and, of an SGLang server, its
+        "model_path" and "weight_version". What it does not say is missing.
+
+        Raises:
+            EndpointError: it does not answer, or the key is wrong.
+        """
+        try:
+            listed = self._read(await self._ask("GET", "/models", None), "data")
+        except Refused as error:
+            if error.status in (401, 403):
+                raise
+            listed = []  # not every server has the list
+        said = next((each for each in listed if isinstance(each, dict) and each.get("id") == self.model), {})
+        try:
+            said = {**said, **await self._ask("GET", self.url.removesuffix("/v1") + "/model_info", None, attempts=1)}
+        except (EndpointError, TypeError):
+            pass  # no SGLang server
+        return {key: str(said[key]) for key in ("id", "root", "model_path", "weight_version") if said.get(key)}
+
     async def chat(self, messages: list[dict[str, str]], samples: int, **settings: Any) -> list[dict[str, Any]]:
         """`samples` replies to a conversation: {"text", "finish", "tokens"} each; `tokens` is None where the server does not tell.
 
         Raises:
             EndpointError: no answer in `ATTEMPTS` tries, or fewer replies than were asked for.
+            TooLong: the messages and `max_tokens` do not fit the model's context.
         """
         return await self._replies("/chat/completions", {"messages": messages, **settings}, samples)
 
@@ -73,23 +117,27 @@ class Endpoint:
             for choice in choices
         ]
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        pause = _FIRST_PAUSE
-        for attempt in range(1, ATTEMPTS + 1):
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, attempts: int = ATTEMPTS) -> Any:
+        """The answer's JSON. `path` is below `url`, or an address of its own."""
+        address = path if path.startswith("http") else self.url + path
+        pause, problem = _FIRST_PAUSE, ""
+        for attempt in range(attempts):
+            if attempt:
+                await asyncio.sleep(pause)
+                pause *= 2
             try:
-                async with self._session.request(method, self.url + path, json=body) as response:
+                async with self._session.request(method, address, json=body) as response:
                     if response.status == 200:
                         return await response.json(content_type=None)
-                    problem = f"was answered with {response.status}: {(await response.text(errors='replace'))[:500]}"
-                    if response.status in (400, 401, 403, 404, 422):  # it will not be otherwise the next time
-                        attempt = ATTEMPTS
+                    said = await response.text(errors="replace")
+                    problem = f"{method} {address} was answered with {response.status}: {said[:500]}"
+                    if is_too_long(response.status, said):
+                        raise TooLong(problem)
+                    if response.status in _FINAL:
+                        raise Refused(problem, response.status)
             except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-                problem = f"failed ({type(error).__name__}: {error})"
-            if attempt == ATTEMPTS:
-                break
-            await asyncio.sleep(pause)
-            pause *= 2
-        raise EndpointError(f"{method} {self.url}{path} {problem}")
+                problem = f"{method} {address} failed ({type(error).__name__}: {error})"
+        raise EndpointError(problem)
 
     def _read(self, answer: Any, *keys: str | int) -> Any:
         for key in keys:

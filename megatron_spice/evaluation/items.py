@@ -24,6 +24,10 @@ class Item:
     id: str
     task: Task
 
+    def as_json(self) -> dict[str, Any]:
+        """What a log keeps of it, beside the answers: everything that decides what is asked and what is right."""
+        return {"id": self.id, "question": self.task.question, "gold": self.task.gold_answer, "answer_type": self.task.answer_type}
+
 
 def make_items(benchmark: Benchmark, rows: Sequence[Row], given: Mapping[str, str], source: str) -> list[Item]:
     """The items of a benchmark's rows.

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_spice.config.schema import RolloutConfig
-from megatron_spice.evaluation.endpoint import Endpoint
+from megatron_spice.evaluation.endpoint import Endpoint, TooLong, is_too_long
 from megatron_spice.game.prompts import PromptStyle
 from megatron_spice.game.prompts_chat import SYSTEM
 from megatron_spice.game.records import Completion, Generator, Prompt, Sampling, Task
 from megatron_spice.game.styles import style_for
-from megatron_spice.rollout.engine import Engine, EngineError
+from megatron_spice.rollout.engine import Engine, EngineError, EngineRefused
 
 LEAST_ROOM = 8
 """Tokens that must be left of the context for an answer."""
@@ -46,7 +46,7 @@ class Model(Protocol):
 
         Raises:
             EngineError, EndpointError: the server failed.
-            ValueError: the question does not fit the model's context.
+            TooLong: the question does not fit the model's context.
         """
 
 
@@ -73,10 +73,15 @@ class EngineModel:
         if self._context is not None:
             room = self._context - len(ids) - 1
             if room < LEAST_ROOM:
-                raise ValueError(f"a question of {len(ids)} tokens does not fit the model's context of {self._context}: {task.question!r:.80}")
+                raise TooLong(f"a question of {len(ids)} tokens does not fit the model's context of {self._context}: {task.question!r:.80}")
             max_tokens = min(max_tokens, room)
         sampling = Sampling(temperature, max_tokens, stop=self.style.reasoner_stop)
-        completions = await self._unless_it_dies(self._engine.generate(ids, samples, sampling))
+        try:
+            completions = await self._unless_it_dies(self._engine.generate(ids, samples, sampling))
+        except EngineRefused as error:
+            if is_too_long(error.status, str(error)):
+                raise TooLong(str(error)) from error
+            raise
         return [Reply(each.text, each.finish, len(each.completion_ids)) for each in completions]
 
     async def _unless_it_dies(self, asking: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
@@ -92,7 +97,11 @@ class EngineModel:
 
 
 class EndpointModel:
-    """A server of OpenAI's interface: a conversation for style `chat`, a text to go on from for `few_shot`."""
+    """A server of OpenAI's interface: a conversation for style `chat`, a text to go on from for `few_shot`.
+
+    Such servers refuse a question whose longest answer would not fit, even where the question does, and how many tokens it has
+    is not known here. So it is asked again with half the room, and half of that, before it counts as too long.
+    """
 
     def __init__(self, endpoint: Endpoint, style: str) -> None:
         self.style = style_for(style, _NoTemplate())
@@ -100,6 +109,15 @@ class EndpointModel:
 
     async def answer(self, task: Task, samples: int, temperature: float, max_tokens: int) -> list[Reply]:
         """See `Model.answer`."""
+        while True:
+            try:
+                return await self._answer(task, samples, temperature, max_tokens)
+            except TooLong:
+                max_tokens //= 2
+                if max_tokens < LEAST_ROOM:
+                    raise
+
+    async def _answer(self, task: Task, samples: int, temperature: float, max_tokens: int) -> list[Reply]:
         settings = {"temperature": temperature, "max_tokens": max_tokens}
         if self.style.reasoner_stop:
             settings["stop"] = list(self.style.reasoner_stop)
@@ -129,6 +147,16 @@ def _text(prompt: Prompt) -> str:
 def is_url(source: str) -> bool:
     """Whether a model is named by the address of a server."""
     return source.startswith(("http://", "https://"))
+
+
+async def served_by(url: str, key: str, name: str) -> dict[str, str]:
+    """What a server says that it serves under a name, "" for the first that it lists (`Endpoint.about`).
+
+    Raises:
+        EndpointError: it does not answer, or the key is wrong.
+    """
+    async with Endpoint(url, key, name, timeout=60.0) as endpoint:
+        return await endpoint.about()
 
 
 @asynccontextmanager

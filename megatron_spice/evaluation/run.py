@@ -2,7 +2,8 @@
 
     question -> answers (the engine) -> what is extracted (the prompt style) -> verdict (the verifier, then the judge) -> log
 
-Questions overlap as far as the engine batches; each is written down when all of its answers are graded.
+Questions overlap as far as the engine batches; each is written down when all of its answers are graded. A question that does
+not fit the model's context is one that the model cannot answer: it is written down as such, and counts as wrong.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spice.evaluation.endpoint import TooLong
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
 from megatron_spice.evaluation.log import TaskLog
 from megatron_spice.evaluation.model import Model
 from megatron_spice.evaluation.score import Score, score
 from megatron_spice.evaluation.tasks import Benchmark
-from megatron_spice.game.records import Task
 from megatron_spice.game.verify import Verifier
 
 
 @dataclass(frozen=True)
 class Result:
     """What came of one task. `rules_only` is the score without the judge; `reasons` counts how answers were decided;
-    `cut`, `unanswered`: shares of answers that ran into the limit, and in which nothing was found to extract."""
+    `cut`, `unanswered`: shares of answers that ran into the limit, and in which nothing was found to extract; `too_long`: how many
+    questions did not fit the model's context."""
 
     benchmark: Benchmark
     score: Score
@@ -36,6 +38,7 @@ class Result:
     reasons: Mapping[str, int]
     cut: float
     unanswered: float
+    too_long: int
     mean_tokens: float | None
     seconds: float
     log: Path
@@ -46,13 +49,17 @@ class Result:
         return {
             "task": self.benchmark.name, "column": self.benchmark.column, **asdict(self.score), "temperature": self.benchmark.temperature,
             "rules_only": self.rules_only.mean, "reasons": dict(self.reasons), "cut": self.cut, "unanswered": self.unanswered,
-            "mean_tokens": tokens, "seconds": round(self.seconds, 1), "log": self.log.name,
+            "too_long": self.too_long, "mean_tokens": tokens, "seconds": round(self.seconds, 1), "log": self.log.name,
         }  # fmt: skip
+
+
+TOO_LONG = "question_too_long"
+"""The reason of what a question got that does not fit."""
 
 
 @dataclass
 class Evaluator:
-    """One model with its verifier and, perhaps, a judge.
+    """One model with its verifier and, perhaps, a judge. The first two may be None where every question is answered already.
 
     Args:
         max_tokens: most tokens of an answer.
@@ -60,75 +67,95 @@ class Evaluator:
         progress: told (task, finished, all) as questions end.
     """
 
-    model: Model
-    verifier: Verifier
+    model: Model | None
+    verifier: Verifier | None
     judge: Judge | None = None
     max_tokens: int = 4096
     in_flight: int = 64
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
 
     async def run(self, benchmark: Benchmark, items: Sequence[Item], log: TaskLog) -> Result:
-        """Answers what the log does not have yet, and sums up.
+        """Answers what the log does not have yet, asks the judge about what it has not judged, and sums up.
 
         Raises:
             EngineError, EndpointError: a server failed; what was finished is in the log.
         """
         started = time.monotonic()
-        left = iter([item for item in items if item.id not in log.done])
-        self.progress(benchmark.name, len(log.done), len(items))
+        unfinished = [item for item in items if item.id not in log.done or self._unjudged(benchmark, log.done[item.id])]
+        left, finished = iter(unfinished), len(items) - len(unfinished)
+        self.progress(benchmark.name, finished, len(items))
 
         async def work() -> None:
+            nonlocal finished
             for item in left:  # shared: each worker takes the next one
-                log.add(await self._answer(benchmark, item))
-                self.progress(benchmark.name, len(log.done), len(items))
+                record = log.done.get(item.id) or {**item.as_json(), "answers": await self._answers(benchmark, item)}
+                log.add(await self._judged(benchmark, record))
+                finished += 1
+                self.progress(benchmark.name, finished, len(items))
 
-        workers = [asyncio.create_task(work()) for _ in range(min(self.in_flight, len(items)))]
+        workers = [asyncio.create_task(work()) for _ in range(min(self.in_flight, len(unfinished)))]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        return summary(benchmark, [log.done[item.id] for item in items], time.monotonic() - started, log.path)
+        judge = None if self.judge is None else self.judge.name
+        return summary(benchmark, [log.done[item.id] for item in items], time.monotonic() - started, log.path, judge)
 
-    async def _answer(self, benchmark: Benchmark, item: Item) -> dict[str, Any]:
-        replies = await self.model.answer(item.task, benchmark.samples, benchmark.temperature, self.max_tokens)
+    async def _answers(self, benchmark: Benchmark, item: Item) -> list[dict[str, Any]]:
+        try:
+            replies = await self.model.answer(item.task, benchmark.samples, benchmark.temperature, self.max_tokens)
+        except TooLong:
+            none = {"response": "", "extracted": None, "correct": False, "reason": TOO_LONG, "finish": TOO_LONG, "tokens": None}
+            return [none] * benchmark.samples
         answers = []
         for reply in replies:
             extracted = self.model.style.extract_answer(reply.text)
             verdict = await self.verifier.verify(item.task, extracted)
-            answer = {
+            answers.append({
                 "response": reply.text, "extracted": extracted, "correct": verdict.correct, "reason": verdict.reason,
                 "finish": reply.finish, "tokens": reply.tokens,
-            }  # fmt: skip
-            if self._asks_judge(benchmark, verdict.reason, verdict.correct):
-                answer["judge"] = await self.judge.same(item.task.question, item.task.gold_answer, extracted or "")
-            answers.append(answer)
-        task: Task = item.task
-        about = {"id": item.id, "question": task.question, "gold": task.gold_answer, "answer_type": task.answer_type}
-        return {**about, "answers": answers}
+            })  # fmt: skip
+        return answers
 
-    def _asks_judge(self, benchmark: Benchmark, reason: str, correct: bool) -> bool:
-        """Nothing that was right, not answered or absurdly long is shown to it."""
-        return self.judge is not None and benchmark.kind == "mathematics" and not correct and reason not in ("no_answer", "too_long")
+    def _unjudged(self, benchmark: Benchmark, record: Mapping[str, Any]) -> list[int]:
+        """The places of the answers that this judge is to see and has not seen: none that was right, not given or absurdly long."""
+        if self.judge is None or benchmark.kind != "mathematics":
+            return []
+        unseen = [place for place, each in enumerate(record["answers"]) if not each["correct"] and each.get("judged_by") != self.judge.name]
+        return [place for place in unseen if record["answers"][place]["reason"] not in ("no_answer", "too_long", TOO_LONG)]
+
+    async def _judged(self, benchmark: Benchmark, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with the judge's opinions."""
+        answers = list(record["answers"])
+        for place in self._unjudged(benchmark, record):
+            said = await self.judge.same(record["question"], record["gold"], answers[place]["extracted"] or "")
+            answers[place] = {**answers[place], "judge": said, "judged_by": self.judge.name}
+        return {**record, "answers": answers}
 
 
-def summary(benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seconds: float, log: Path) -> Result:
-    """The result of a task's records."""
+def summary(benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seconds: float, log: Path, judge: str | None = None) -> Result:
+    """The result of a task's records. Of a judge's opinions only those of `judge` count, none where that is None."""
     answers = [answer for record in records for answer in record["answers"]]
     tokens = [answer["tokens"] for answer in answers if answer["tokens"] is not None]
     reasons: Counter[str] = Counter()
     for answer in answers:
-        unclear = "judge" in answer and answer["judge"] is None
-        reasons["judge" if answer.get("judge") else "judge unclear" if unclear else answer["reason"]] += 1
+        said = answer.get("judge") if _is_judged(answer, judge) else False
+        reasons["judge" if said else "judge unclear" if said is None else answer["reason"]] += 1
     return Result(
         benchmark,
-        score([[answer["correct"] or answer.get("judge") is True for answer in record["answers"]] for record in records]),
+        score([[answer["correct"] or (_is_judged(answer, judge) and answer["judge"] is True) for answer in record["answers"]] for record in records]),
         score([[answer["correct"] for answer in record["answers"]] for record in records]),
         dict(reasons.most_common()),
         sum(answer["finish"] == "length" for answer in answers) / len(answers),
         sum(answer["extracted"] is None for answer in answers) / len(answers),
+        sum(record["answers"][0]["reason"] == TOO_LONG for record in records),
         sum(tokens) / len(tokens) if tokens else None,
         seconds,
         log,
     )
+
+
+def _is_judged(answer: Mapping[str, Any], judge: str | None) -> bool:
+    return judge is not None and answer.get("judged_by") == judge

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,9 +63,3 @@ def load(request: Request, split: str, limit: int | None) -> list[Item]:
         return factbook.questions(Path(request.path), open_book=name.endswith("-open"), limit=limit)
     rows = read_rows(Path(request.path), split)
     return make_items(request.benchmark, rows, request.fields, request.path)[:limit]
-
-
-def fingerprint(items: Sequence[Item]) -> str:
-    """Equal for the same questions with the same gold answers in the same order."""
-    content = [[i.id, i.task.question, i.task.gold_answer, i.task.answer_type] for i in items]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

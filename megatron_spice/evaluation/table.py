@@ -22,9 +22,10 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         found, tokens = result.score, result.mean_tokens
         samples = f" x{found.samples}" if found.samples > 1 else ""
+        too_long = f"  {result.too_long} too long for the context, counted as wrong" if result.too_long else ""
         lines.append(
             f"{result.benchmark.column:14} {found.mean:6.1%}  {_interval(found.low, found.high):>13}  {found.items:>6}  "
-            f"{result.cut:5.0%}  {result.unanswered:5.0%}  {'' if tokens is None else f'{tokens:.0f}':>7}{samples}"
+            f"{result.cut:5.0%}  {result.unanswered:5.0%}  {'' if tokens is None else f'{tokens:.0f}':>7}{samples}{too_long}"
         )
     if (mean := overall(results)) is not None:
         lines.append(f"{'Overall':14} {mean.mean:6.1%}  {_interval(mean.low, mean.high):>13}")

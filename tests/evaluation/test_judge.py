@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 
 import pytest
-from aiohttp import web
+from openai_server import Server, play
 
 from megatron_spice.config.schema import VerifierConfig
 from megatron_spice.evaluation.endpoint import Endpoint, EndpointError
@@ -20,53 +19,6 @@ from megatron_spice.evaluation.tasks import BY_NAME
 from megatron_spice.game.prompts_chat import SYSTEM
 from megatron_spice.game.records import Task
 from megatron_spice.game.verify import Verifier
-
-
-class Server:
-    """Answers a question `n` with a box of what `answers` has for it, and a judge's question by whether both end alike."""
-
-    def __init__(self, answers: dict[str, str], fail_first: int = 0) -> None:
-        self.answers = answers
-        self.failures = fail_first
-        self.judged: list[str] = []
-        self.systems: set[str] = set()
-
-    async def chat(self, request: web.Request) -> web.Response:
-        if self.failures:
-            self.failures -= 1
-            return web.Response(status=503, text="busy")
-        body = await request.json()
-        content = body["messages"][-1]["content"]
-        found = re.search(r"<expected>(.*)</expected>\n<candidate>(.*)</candidate>", content)
-        if found:
-            self.judged.append(found[2])
-            text = "Yes." if found[1][-1] == found[2][-1] else "**no**"
-        else:
-            self.systems.add(body["messages"][0]["content"])
-            text = self.answers[content.split("\n")[0]]
-        choices = [{"message": {"content": text}, "finish_reason": "stop"}] * body["n"]
-        return web.json_response({"choices": choices, "usage": {"completion_tokens": 5}})
-
-    async def models(self, request: web.Request) -> web.Response:
-        if request.headers.get("Authorization") != "Bearer secret":
-            return web.Response(status=401, text="no")
-        return web.json_response({"data": [{"id": "small"}]})
-
-
-def play(server: Server, body) -> object:  # noqa: ANN001
-    async def main() -> object:
-        application = web.Application()
-        application.add_routes([web.post("/v1/chat/completions", server.chat), web.get("/v1/models", server.models)])
-        runner = web.AppRunner(application)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            return await body(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        finally:
-            await runner.cleanup()
-
-    return asyncio.run(main())
 
 
 def test_the_judge_is_asked_only_where_rules_say_different(tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from megatron_spice.evaluation import factbook, sources
+from megatron_spice.evaluation import factbook
 from megatron_spice.evaluation.puzzles import puzzles
 from megatron_spice.game.options import options_in
 
@@ -76,7 +77,8 @@ def test_the_set_over_the_real_factbook_is_this_one():
     assert len(items) == factbook.SIZE
     kinds = [item.task.answer_type for item in items]
     assert min(kinds.count(kind) for kind in ("MCQ", "String", "Integer")) > 40
-    assert sources.fingerprint(items) == "0ef1a8868cbf4fcd"
+    content = json.dumps([list(item.as_json().values()) for item in items])
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "0ef1a8868cbf4fcd"
     known = {item.id: item.task for item in items}
     assert known["Togo/highest-metres"].gold_answer == "986"
 
