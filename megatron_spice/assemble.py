@@ -22,6 +22,7 @@ from megatron_spice.cluster.topology import Topology
 from megatron_spice.cluster.watchdog import Watchdog
 from megatron_spice.cluster.whereabouts import HERE
 from megatron_spice.config.describe import resolved
+from megatron_spice.config.differences import differences
 from megatron_spice.config.engine_weights import quantization_config
 from megatron_spice.config.errors import ConfigError, storing
 from megatron_spice.config.hf import hugging_face_folder, read_architecture
@@ -86,7 +87,8 @@ class Run:
     interruption: Interruption
     copy_rate: float  # bytes a second, the ceiling of a sync
     saved: int = 0  # the newest iteration whose checkpoint this run made or came from
-    engine_restarts: int = 0
+    engine_restarts: int = 0  # since the run's first iteration
+    restarts_before: int = 0  # those of earlier attempts
     parcel: Parcel = field(default_factory=Parcel)
     carried: list[Game] = field(default_factory=list)
     audit: Audit | None = None
@@ -98,10 +100,14 @@ class Run:
         return self.carried + new_games(iteration, self.sampler.next(max(0, size - len(self.carried))))
 
     def state(self, iteration: int) -> dict[str, Any]:
-        """What a resumed run needs besides tensors."""
-        baselines = self.baselines.state_dict() if self.baselines else {}
-        carried = [game_state(game) for game in self.carried]
-        return {"iteration": iteration, "sampler": self.sampler.state_dict(), "baselines": baselines, "carried": carried}
+        """What a resumed run needs besides tensors, and what the tensors were made with: recipe.yaml, outside, is the newest
+        attempt's."""
+        return {
+            "iteration": iteration, "sampler": self.sampler.state_dict(), "baselines": self.baselines.state_dict() if self.baselines else {},
+            "carried": [game_state(game) for game in self.carried],
+            "engines": {"seed": _engine_seed(self.config, self.done), "restarts": self.engine_restarts},
+            "config": self.config.model_dump(mode="json"),
+        }  # fmt: skip
 
     def say(self, text: str) -> None:
         """Prints on the first rank."""
@@ -130,9 +136,13 @@ def assemble(
     tokenizer = TextTokenizer.from_dir(hf_files)
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files)
     resume = _agreed(checkpointer.newest())
-    sampler, baselines, carried, done = _passages(
-        config, tokenizer, stack, checkpoints.read_state(resume) if resume else None
-    )
+    state = checkpoints.read_state(resume) if resume else None
+    sampler, baselines, carried, done = _passages(config, tokenizer, stack, state)
+    restarts = 0
+    if state is not None:
+        restarts = state.get("engines", {}).get("restarts", 0)  # checkpoints of earlier versions do not say
+        if topology.is_first:
+            _say_what_is_new(resume, state, config)
 
     pairs = Pairs.open(config, tokenizer) if config.warmup.pairs is not None and not resume else None
     pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption, make_engine)
@@ -176,6 +186,7 @@ def assemble(
     run = Run(
         config, topology, sampler, baselines, pool, room, policy, checkpointer, tokenizer.encode(PROBE), log, done,
         PhaseTimer(on_phase=HERE.enter), interruption, rate, saved=done, carried=carried,
+        engine_restarts=restarts, restarts_before=restarts,
         audit=_make_audit(config, done) if topology.is_first else None, pairs=pairs,
     )  # fmt: skip
     run.say(
@@ -223,6 +234,13 @@ def _passages(
     return sampler, baselines, carried, state["iteration"]
 
 
+def _say_what_is_new(checkpoint: Path, state: dict[str, Any], config: Config) -> None:
+    """Which settings are not those that a checkpoint was made with, if it says: they are taken, and what they change is no accident
+    that anybody should have to find."""
+    if changed := differences(state["config"], config.model_dump(mode="json")) if "config" in state else []:
+        print("\n  ".join([f"settings that are not those {checkpoint} was made with:", *changed]), flush=True)
+
+
 def _agreed(resume: Path | None) -> Path | None:
     """The first rank's word on where to go on: on a shared file system a node may see a folder as it was a while ago."""
     word = [resume]
@@ -245,9 +263,7 @@ def _make_pool(
     interruption: Interruption, make_engine: Callable[..., Engine],
 ) -> RolloutPool:
     """The pool with this rank's engine, if it hosts one."""
-    # Engines sample from a seed of their own; a resumed run must not draw what it drew at its start.
-    seed = config.rollout.seed + 7919 * config.train.seed + 104729 * done
-    rollout = config.rollout.model_copy(update={"seed": seed % 2**31})
+    rollout = config.rollout.model_copy(update={"seed": _engine_seed(config, done)})
     if rollout.engines:
         engines = _remote_engines(config, topology)
         numbers = [[url.rstrip("/") for url in rollout.engines].index(engine.url) for engine in engines]
@@ -280,6 +296,12 @@ def _make_pool(
         max_restarts=config.rollout.max_restarts, helpers=[verifier], is_interrupted=interruption.asked,
         start_timeout=config.rollout.start_timeout,
     )  # fmt: skip
+
+
+def _engine_seed(config: Config, done: int) -> int:
+    """What the engines of an attempt sample from, if a completion has no seed of its own; an attempt that goes on from iteration
+    `done` must not draw what the run drew at its start. (Engines that run already have seeds that nobody here knows.)"""
+    return (config.rollout.seed + 7919 * config.train.seed + 104729 * done) % 2**31
 
 
 def _remote_engines(config: Config, topology: Topology) -> list[Engine]:

@@ -166,7 +166,7 @@ def _replace_lost_engines(run: Run) -> bool:
     elif run.policy.weights_awake:
         run.policy.sleep_weights()
     dist.barrier()
-    run.engine_restarts = run.pool.revive()
+    run.engine_restarts = run.restarts_before + run.pool.revive()
     _to_policy(run)
     return True
 

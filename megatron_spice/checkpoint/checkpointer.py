@@ -1,8 +1,8 @@
 """Saves and loads a run: weights, optimiser, corpus cursor and counters, in Megatron's layout-free torch_dist format.
 
 Everything random that training decides derives from its seed and these counters (the corpus order, the game's choices),
-and the model has no dropout, so no generator's state has to be saved. What the engines sample is not repeated by a
-resumed run, unless `rollout.deterministic` gives each completion its seed: they draw from a new seed.
+and the model draws nothing (`policy/chance.py` sees to it), so no generator's state has to be saved. What the engines sample is
+not repeated by a resumed run, unless `rollout.deterministic` gives each completion its seed: they draw from a new seed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import PolicyConfig
-from megatron_spice.policy import precision
+from megatron_spice.policy import chance, precision
 from megatron_spice.policy.logprobs import token_logprobs
 from megatron_spice.policy.model_config import Backend, transformer_config
 from megatron_spice.policy.model_spec import block_spec
@@ -117,6 +117,7 @@ def build_chunks(
         for index in range(layout.virtual)
     ]
     precision.prepare_layers(chunks, config)
+    chance.assert_draws_nothing(chunks)
     for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
         if ".experts." in name:
             # Reduced over the ranks with the same experts. Megatron marks them only with several expert-parallel ranks, but
