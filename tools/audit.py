@@ -5,7 +5,10 @@
     python tools/audit.py runs/quickstart --reader http://127.0.0.1:30000   # and lets a model answer with the passage in view
 
 A reader is a checkpoint, a Hugging Face folder or the URL of an SGLang server (key in SPICE_CHALLENGER_KEY), best a stronger model
-than the run's. The result is printed and written to RUN_DIR/audit/audit.json. What the numbers mean: megatron_spice/game/audit/.
+than the run's. A server is asked in its model's tokens: give its tokenizer (--tokenizer FOLDER), unless it is found where the server
+says, or is the run's own, which is taken where both vocabularies have the same size. The result is of the tasks and the number of
+answers that are asked for, and of the reader's present weights; what it has said already is not asked again. It is printed and
+written to RUN_DIR/audit/audit.json. What the numbers mean: megatron_spice/game/audit/.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--reader", metavar="[NAME=]MODEL", help="answers tasks again, passage in view")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="of a server's model")
     parser.add_argument("--tasks", type=int, default=200, help="tasks that it answers, evenly over the run [%(default)s]")
     parser.add_argument("--answers", type=int, default=4, help="answers to each [%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="over the run's recipe, for the reader's engine")
@@ -59,6 +64,7 @@ def _audit(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {"run": run.folder.name, "recipe_hash": run.recipe_hash, **looks(run)}
     if options.reader:
         [reader] = players(options.reader)
+        reader = replace(reader, tokenizer=options.tokenizer)
         check(reader)
         config = load_config(run.folder / RECIPE_NAME, options.overrides)
         device = machine.device(config.cluster.device)

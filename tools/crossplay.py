@@ -5,9 +5,12 @@
       --challengers early=runs/a/checkpoints/iteration_0000008,late=runs/a/checkpoints/iteration_0000050 \\
       --reasoners early=runs/a/checkpoints/iteration_0000008,late=runs/a/checkpoints/iteration_0000050 [key.sub=value ...]
 
-The recipe gives the rules, the corpus and the engine's settings; overrides go over it (game.group_size: answers to a task). Models
-are Megatron checkpoints, Hugging Face folders, or URLs of SGLang servers (key in SPICE_CHALLENGER_KEY). OUT gets matrix.json,
-matrix.txt, matrix.png and all tasks and answers; the same command goes on where it was interrupted. Exit code 2: wrong arguments.
+The recipe gives the rules, the corpus (and with policy.model its tokenizer) and the engine's settings; overrides go over it
+(game.group_size: answers to a task). Models are Megatron checkpoints, Hugging Face folders, of whatever family, or URLs of SGLang
+servers (key in SPICE_CHALLENGER_KEY). A server is asked in its model's tokens: give its tokenizer (--tokenizer qwen=FOLDER), unless
+it is found where the server says, or is policy.model's, which is taken where both vocabularies have the same size. OUT gets
+matrix.json, matrix.txt, matrix.png and all tasks and answers; the same command goes on where it was interrupted, if the models,
+and the weights of servers, are still the same. Exit code 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from megatron_spice.config.errors import ConfigError  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
 from megatron_spice.crossplay import matrix  # noqa: E402
 from megatron_spice.crossplay.match import Match  # noqa: E402
-from megatron_spice.crossplay.players import MODELS, Player, check, players  # noqa: E402
+from megatron_spice.crossplay.players import MODELS, Player, check, players, with_tokenizers  # noqa: E402
 from megatron_spice.rollout.engine import EngineError  # noqa: E402
 
 
@@ -37,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the results")
     parser.add_argument("--challengers", required=True, metavar="[NAME=]MODEL,...")
     parser.add_argument("--reasoners", required=True, metavar="[NAME=]MODEL,...")
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=FOLDER", help="of a server's model; may be repeated")
     parser.add_argument("--passages", type=int, default=128, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the passages and all choices [%(default)s]")
     parser.add_argument("--keep-models", action="store_true", help="keep the Hugging Face folders made from checkpoints")
@@ -57,7 +61,9 @@ def _play(options: argparse.Namespace) -> int:
         raise ValueError(f"--passages={options.passages} must be 1 or more, --seed={options.seed} 0 or more")
     config = load_config(options.recipe, options.overrides)
     challengers, reasoners = players(options.challengers), players(options.reasoners)
-    _agree([*challengers, *reasoners])
+    everyone = with_tokenizers([*challengers, *reasoners], options.tokenizer)
+    challengers, reasoners = everyone[: len(challengers)], everyone[len(challengers) :]
+    _agree(everyone)
     if not (config.corpus.path / "manifest.json").is_file():
         raise ValueError(f"corpus.path={config.corpus.path} is no corpus; give corpus.path=... after the models")
     match = Match(config, options.output, options.passages, options.seed, machine.device(config.cluster.device))

@@ -31,7 +31,7 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     """Lets `reader` answer up to `tasks` of the run's tasks with their passages in view, `answers` times each.
 
     Lines go to the run's `audit/agreement-NAME.jsonl` with the reader's identity, and are not asked for again; those of
-    another reader of this name do not count. A task that the reader's engine refuses (passage and question may be too long for
+    another reader of this name, of other tasks and with another number of answers stay there and do not count. A task that the reader's engine refuses (passage and question may be too long for
     it) is noted with the refusal and left out of all numbers but `refused`. Returns the summary.
 
     Raises:
@@ -45,9 +45,9 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
     wanted = _sample(run, tasks)
     if not wanted:
         raise ValueError(f"{run.folder} has no task to ask again")
-    identity = reader.identity
-    there = {(line["begun"], line["slot"]) for line in _of(path, identity)}
-    items = [(item["slot"], item) for item in wanted if (item["begun"], item["slot"]) not in there]
+    identity = reader.identity(config)
+    there = _of(path, identity, wanted, answers)
+    items = [(item["slot"], item) for item in wanted if _key(item) not in there]
 
     async def again(table: Table, item: dict[str, Any]) -> None:
         found = item["passage"]
@@ -65,14 +65,22 @@ def ask(run: Run, config: Config, reader: Player, tasks: int, answers: int, devi
         say(f"{reader.name} answers {len(items)} tasks with their passages in view")
         with served(reader, config, run.folder / FOLDER, device) as (engine, tokenizer):
             asyncio.run(session(config, engine, tokenizer, 0, items, again))
-    found = summary(_of(path, identity))
+    found = summary(list(_of(path, identity, wanted, answers).values()))
     if found["refused"]:
         say(f"{reader.name} refused {found['refused']} of the tasks, which do not count; why is in {path}")
     return found
 
 
-def _of(path: Path, reader: str) -> list[dict[str, Any]]:
-    return [line for line in noted(path) if line.get("reader") == reader]
+def _of(path: Path, reader: str, wanted: list[dict[str, Any]], answers: int) -> dict[tuple, dict[str, Any]]:
+    """By task, what this reader has said to the wanted ones, so many times each."""
+    keys = {_key(item) for item in wanted}
+    mine = (line for line in noted(path) if line.get("reader") == reader and _key(line) in keys)
+    return {_key(line): line for line in mine if "refused" in line or len(line["correct"]) == answers}
+
+
+def _key(line: dict[str, Any]) -> tuple:
+    """What tells a task from all others, also from those of a run that was begun anew in the same folder."""
+    return (line["begun"], line["slot"], *line["task"].values())
 
 
 def _sample(run: Run, count: int) -> list[dict[str, Any]]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_spice.config.hf import hugging_face_folder
 from megatron_spice.config.schema import Config
 from megatron_spice.corpus.corpus import Corpus
 from megatron_spice.corpus.sampler import PassageSampler
@@ -29,7 +30,7 @@ from megatron_spice.crossplay.players import Player, served
 from megatron_spice.crossplay.session import note, noted, refusal, session
 from megatron_spice.game.play import Table, answer_task, write_tasks
 from megatron_spice.game.records import Passage, Task
-from megatron_spice.rollout.engine import Engine, EngineRefused
+from megatron_spice.rollout.engine import Engine, EngineError, EngineRefused
 
 SETTINGS = "match.json"
 NAMES = "models.json"
@@ -66,10 +67,14 @@ class Match:
         """Plays what is missing.
 
         Raises:
-            ValueError: a name stood for another model when a part of this match was played.
+            ValueError: a name stood for another model when a part of this match was played; or the corpus cannot be read.
             EngineError, ConfigError: see `served`.
         """
-        self._bind([*challengers, *reasoners])
+        busy = [player for player in challengers if self._missing_tasks(player)]
+        corpus = self._corpus() if busy else None
+        self._bind([*challengers, *reasoners], {*(reasoners if busy else ()), *busy} | {
+            player for player in reasoners if self._missing_answers(player, challengers)
+        })  # fmt: skip
         with ExitStack() as stack:
             current: list[Any] = [None, None]
 
@@ -80,23 +85,30 @@ class Match:
                     current[0] = player
                 return current[1]
 
-            for player in challengers:
-                if missing := self._missing_tasks(player):
-                    say(f"{player.name} writes {len(missing)} tasks")
-                    engine, tokenizer = turn(player)
-                    items = list(zip(missing, self._passages(tokenizer, missing)))
-                    self._run(engine, tokenizer, items, partial(self._write, player))
+            for player in busy:
+                missing = self._missing_tasks(player)
+                say(f"{player.name} writes {len(missing)} tasks")
+                items = list(zip(missing, self._passages(corpus, missing)))
+                self._run(*turn(player), items, partial(self._write, player))
             for player in sorted(reasoners, key=lambda player: player != current[0]):
                 if missing := self._missing_answers(player, challengers):
                     say(f"{player.name} answers {len(missing)} tasks")
                     self._run(*turn(player), [(line["slot"], line) for line in missing], partial(self._answer, player))
 
-    def _bind(self, everyone: Sequence[Player]) -> None:
-        """Notes which models the names stand for: lines are kept by name, and those of one model are no other's."""
+    def _bind(self, everyone: Sequence[Player], busy: Collection[Player]) -> None:
+        """Notes which models the names stand for: lines are kept by name, and those of one model are no other's.
+
+        A server that has nothing left to do need not be there any more: it is then what it was.
+        """
         path = self._folder / NAMES
         bound = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for player in everyone:
-            identity = player.identity
+            try:
+                identity = player.identity(self._config)
+            except EngineError:
+                if player in busy or player.name not in bound:
+                    raise
+                continue
             if bound.setdefault(player.name, identity) != identity:
                 raise ValueError(
                     f"{player.name} is {identity}, but {bound[player.name]} has played under this name in {self._folder}; give the model "
@@ -115,9 +127,12 @@ class Match:
     def _run(self, engine: Engine, tokenizer: TextTokenizer, items: Sequence[Any], work: Callable[..., Any]) -> None:
         asyncio.run(session(self._config, engine, tokenizer, self._seed, items, work))
 
-    def _passages(self, tokenizer: TextTokenizer, slots: Sequence[int]) -> list[Passage]:
+    def _corpus(self) -> Corpus:
+        """Read with the tokenizer that it was made with, as in training, whatever the players' are: they are told its texts."""
+        return Corpus(self._config.corpus.path, TextTokenizer.from_dir(hugging_face_folder(self._config.policy.model)))
+
+    def _passages(self, corpus: Corpus, slots: Sequence[int]) -> list[Passage]:
         """The passages of these slots, the same for every Challenger."""
-        corpus = Corpus(self._config.corpus.path, tokenizer)
         sampler = PassageSampler(corpus, self._seed, self._config.corpus.weights)
         return corpus.passages([sampler.index_at(slot) for slot in slots])
 

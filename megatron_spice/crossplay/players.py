@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_spice.cluster.topology import Topology
@@ -15,8 +14,9 @@ from megatron_spice.config.hf import hugging_face_folder
 from megatron_spice.config.schema import Config
 from megatron_spice.convert.stamp import stamp
 from megatron_spice.corpus.tokenizer import TextTokenizer
+from megatron_spice.crossplay import servers
 from megatron_spice.rollout.engine import Engine
-from megatron_spice.rollout.served_model import KEY_VARIABLE, ServedModel
+from megatron_spice.rollout.served_model import ServedModel
 from megatron_spice.rollout.supervisor import SglangEngine
 
 MODELS = "models"
@@ -24,20 +24,29 @@ MODELS = "models"
 
 @dataclass(frozen=True, slots=True)
 class Player:
-    """A model by its name in the results; `source` is a checkpoint's folder or a server's URL."""
+    """A model by its name in the results; `source` is a checkpoint's folder or a server's URL, `tokenizer` the folder of a server's
+    tokenizer, "" if none was given (`servers.meet`)."""
 
     name: str
     source: str
+    tokenizer: str = ""
 
     @property
     def is_url(self) -> bool:
         """Whether it is served already."""
         return self.source.startswith(("http://", "https://"))
 
-    @property
-    def identity(self) -> str:
-        """What results belong to: a server's URL, or where a checkpoint is and which files it has. The folder must be there."""
-        return self.source if self.is_url else f"{(path := Path(self.source)).resolve()} {stamp(path)}"
+    def identity(self, config: Config) -> str:
+        """What results belong to: where a checkpoint is and which files it has, or a server's URL, which model and weights it says
+        that it serves just now, and what it is asked with. The folder, or the server, must be there.
+
+        Raises:
+            EngineError, ValueError, ConfigError: see `servers.meet`.
+        """
+        if not self.is_url:
+            return f"{(path := Path(self.source)).resolve()} {stamp(path)}"
+        server = servers.meet(self.source, self.tokenizer, config)
+        return f"{self.source} ({server.model}, tokenizer {server.tokenizer.vocab_hash[:12]})"
 
 
 def players(text: str) -> list[Player]:
@@ -63,12 +72,31 @@ def players(text: str) -> list[Player]:
     return found
 
 
-def check(player: Player) -> None:
-    """Whether a player is there, as far as can be told before anything starts.
+def with_tokenizers(everyone: Sequence[Player], given: Sequence[str]) -> list[Player]:
+    """The players, each with its tokenizer of `given`, which are spelled `NAME=FOLDER`.
 
     Raises:
-        ValueError: it is not; the message names it.
+        ValueError: nobody has that name.
     """
+    folders = {}
+    for each in given:
+        name, _, folders[name] = each.partition("=")
+        if name not in [player.name for player in everyone] or not folders[name]:
+            names = ", ".join(dict.fromkeys(player.name for player in everyone))
+            raise ValueError(f"--tokenizer {each}: give NAME=FOLDER, where NAME is one of {names}")
+    return [replace(player, tokenizer=folders.get(player.name, "")) for player in everyone]
+
+
+def check(player: Player) -> None:
+    """Whether a player, and the tokenizer given for it, are there, as far as can be told before anything starts.
+
+    Raises:
+        ValueError: they are not; the message names it.
+    """
+    if player.tokenizer and not player.is_url:
+        raise ValueError(f"{player.name}: {player.source} has its own tokenizer; --tokenizer is for servers")
+    if player.tokenizer and not (Path(player.tokenizer) / servers.FILE).is_file():
+        raise ValueError(f"{player.name}: its tokenizer {player.tokenizer} has no {servers.FILE}; give the folder of a Hugging Face model")
     if player.is_url:
         return
     try:
@@ -90,9 +118,11 @@ def served(player: Player, config: Config, folder: Path, device: str) -> Iterato
         ValueError: the checkpoint cannot be read.
     """
     if player.is_url:
-        tokenizer = TextTokenizer.from_dir(config.rollout.challenger.tokenizer or hugging_face_folder(config.policy.model))
+        tokenizer = servers.meet(player.source, player.tokenizer, config).tokenizer
         context = config.rollout.context_length or config.game.challenger_max_tokens + 1
-        server = ServedModel(player.source, config.rollout, os.environ.get(KEY_VARIABLE, ""), tokenizer.vocab_size, context)
+        server = ServedModel(
+            player.source, config.rollout, servers.key(), tokenizer.vocab_size, context, named=player.name, tokenizer_in="--tokenizer"
+        )
         server.introduce()
         yield server, tokenizer
         return

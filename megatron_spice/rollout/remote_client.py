@@ -12,9 +12,11 @@ from megatron_spice.rollout.engine import EngineError, EngineRefused
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a server says of itself: `context` is its longest prompt plus completion, `num_ranks` its tensor-parallel ranks, all
-    of which join a broadcast group; `device` "cpu" or "cuda"."""
+    of which join a broadcast group; `device` "cpu" or "cuda"; `tokenizer` is where it has its own from, "" if it does not say."""
 
     model: str
+    weight_version: str
+    tokenizer: str
     family: str
     context: int
     num_ranks: int
@@ -43,6 +45,8 @@ class RemoteClient(EngineClient):
                 obstacles.append("its model does not generate")
             return Identity(
                 model=str(model["model_path"]),
+                weight_version=str(model["weight_version"]),
+                tokenizer=str(model.get("tokenizer_path") or ""),
                 family=str(model["model_type"]),
                 context=int(models["data"][0]["max_model_len"]),
                 num_ranks=int(info["tp_size"]),

@@ -28,9 +28,15 @@ class ServedModel(RemoteEngine):
     Args:
         vocab_size: of the tokenizer.
         context: tokens of prompt and completion that it must have room for.
+        named, tokenizer_in: what it is called in error messages, and where its tokenizer is given.
     """
 
-    def __init__(self, url: str, config: RolloutConfig, api_key: str, vocab_size: int, context: int) -> None:
+    def __init__(
+        self, url: str, config: RolloutConfig, api_key: str, vocab_size: int, context: int, *,
+        named: str = "rollout.challenger.engines", tokenizer_in: str = "rollout.challenger.tokenizer",
+    ) -> None:  # fmt: skip
+        self._named = named
+        self._tokenizer_in = tokenizer_in
         alone = config.model_copy(update={"router": None})
         super().__init__(url, alone, api_key, Expected("", vocab_size, context), Sender("cpu"))
 
@@ -43,7 +49,7 @@ class ServedModel(RemoteEngine):
         try:
             self._recognise()
         except EngineError as error:
-            raise ConfigError(f"rollout.challenger.engines: {error}") from error
+            raise ConfigError(f"{self._named}: {error}") from error
 
     def _recognise(self) -> None:
         try:
@@ -55,7 +61,7 @@ class ServedModel(RemoteEngine):
         if not self._client.has_token(self._expected.vocab_size - 1):
             wrong.append(
                 f"it does not know token {self._expected.vocab_size - 1} of the tokenizer that it is asked with; give its model's in "
-                "rollout.challenger.tokenizer"
+                f"{self._tokenizer_in}"
             )
         if self._config.deterministic and not found.samples_by_seeds:
             wrong.append("rollout.deterministic=true needs it to be started with --enable-deterministic-inference")

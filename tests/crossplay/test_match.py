@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_game import GHANA, CodePoints, Scripted
+from standing_server import Standing, standing
+from tiny_recipe import tool
+from tiny_tokenizer import write_tokenizer
 
 from megatron_spice.config.loader import load_config
 from megatron_spice.crossplay.match import Match
@@ -20,9 +24,19 @@ from megatron_spice.crossplay.matrix import draw, interval, matrix, table
 from megatron_spice.crossplay.players import Player, check, players
 from megatron_spice.game.play import Table, Wording
 from megatron_spice.game.verify import Verifier
-from megatron_spice.rollout.engine import EngineRefused
+from megatron_spice.rollout.engine import EngineError, EngineRefused
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
+
+
+class Engine(Scripted):
+    """One that a session can use."""
+
+    def check(self) -> None:
+        pass
+
+    async def close_requests(self) -> None:
+        pass
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=40))
@@ -123,24 +137,70 @@ def test_other_rules_are_another_match(tmp_path):
         Match(load_config(QUICKSTART), tmp_path, 4, 0, "cpu")
 
 
-def test_a_name_that_stood_for_another_model_is_refused_before_anything_is_played(tmp_path):
+@pytest.fixture
+def server(tmp_path) -> Standing:
+    with standing() as made:
+        made.tokenizer = str(write_tokenizer(tmp_path / "tokenizer"))
+        yield made
+
+
+def test_a_name_that_stood_for_another_model_is_refused_before_anything_is_played(tmp_path, server):
     match = Match(load_config(QUICKSTART), tmp_path / "match", 1, 0, "cpu")
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("same")
-    early, server = Player("early", str(tmp_path / "a")), Player("server", "http://gpu7:30000")
+    early, server_player = Player("early", str(tmp_path / "a")), Player("server", server.url)
     task = {"question": "Which?", "gold_answer": "x", "answer_type": "String"}
     for name in ("early", "server"):
         _lines(tmp_path / "match" / f"tasks-{name}.jsonl", [{"slot": 0, "attempts": 8, "valid": 1, "task": task}])
         answers = [{"challenger": each, "slot": 0, "correct": [True]} for each in ("early", "server")]
         _lines(tmp_path / "match" / f"answers-{name}.jsonl", answers)
     said: list[str] = []
-    match.play([early, server], [server, early], said.append)
+    match.play([early, server_player], [server_player, early], said.append)
     match.play([early], [early], said.append)
     assert not said, "all is played already"
-    for other in (Player("early", str(tmp_path / "b")), Player("server", "http://gpu8:30000")):
+    for other in (Player("early", str(tmp_path / "b")), Player("server", f"{server.url}/")):
         with pytest.raises(ValueError, match=f"has played under this name.*{other.name}-2={other.source}"):
             match.play([early], [other], said.append)
+    server.weights = "7"
+    with pytest.raises(ValueError, match="weights 7.*but .*weights default.* has played under this name"):
+        match.play([early], [server_player], said.append)
     (tmp_path / "a" / "weights").write_text("changed")
     with pytest.raises(ValueError, match="early is .*another folder"):
-        match.play([early], [server], said.append)
+        match.play([early], [server_player], said.append)
+
+
+def test_a_server_that_has_nothing_left_to_do_need_not_be_there(tmp_path):
+    match = Match(load_config(QUICKSTART), tmp_path / "match", 1, 0, "cpu")
+    with standing() as one:
+        player = Player("server", one.url, str(write_tokenizer(tmp_path / "tokenizer")))
+        task = {"question": "Which?", "gold_answer": "x", "answer_type": "String"}
+        _lines(tmp_path / "match" / "tasks-server.jsonl", [{"slot": 0, "attempts": 8, "valid": 1, "task": task}])
+        _lines(tmp_path / "match" / "answers-server.jsonl", [{"challenger": "server", "slot": 0, "correct": [True]}])
+        match.play([player], [player], print)
+    match.play([player], [player], print)
+    (tmp_path / "match" / "answers-server.jsonl").unlink()
+    with pytest.raises(EngineError, match="server_info"):
+        match.play([player], [player], print)
+
+
+def test_passages_are_read_with_the_corpuss_tokenizer_and_told_as_text_to_players_of_other_families(tmp_path, monkeypatch):
+    """The player here has a tokenizer of code points, the corpus one of bytes."""
+    model = write_tokenizer(tmp_path / "model")
+    (model / "config.json").write_text("{}")
+    texts = [f"Ghana exports gold and cocoa, {number} tons of it." for number in range(4)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tool("preprocess_corpus", tmp_path / "texts.jsonl", "--tokenizer", model, "--output", tmp_path / "corpus", "--min-tokens", 1)
+    config = load_config(QUICKSTART, [f"policy.model={model}", f"corpus.path={tmp_path / 'corpus'}", "game.answer_types=[Integer]"])
+    engine = Engine(lambda prompt, call: [" How many?\nAnswer: 8"] * 8)
+
+    @contextmanager
+    def serve(*_):
+        yield engine, CodePoints()
+
+    monkeypatch.setattr("megatron_spice.crossplay.match.served", serve)
+    (tmp_path / "other").mkdir()
+    player, match = Player("other", str(tmp_path / "other")), Match(config, tmp_path / "match", 3, 0, "cpu")
+    match.play([player], [], print)
+    assert len(match.tasks(player)) == 3
+    assert all(any(text in prompt for text in texts) for prompt, _, _ in engine.calls)
