@@ -32,7 +32,7 @@ OVERRIDE_HELP = "settings that go over the recipe's, such as train.iterations=2"
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a recipe that cannot be run, or 1 where a run could not write."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         return options.run(options) or 0
     except ConfigError as error:
@@ -75,6 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
     command.set_defaults(run=_watch)
     return parser
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """As argparse has it, and overrides may stand before, between and after a command's options.
+
+    argparse gives a list of words to the first place where it may be empty, and calls those that follow an option unknown; what it
+    has for such lines (`parse_intermixed_args`) knows no commands.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _recipe_command(commands: argparse._SubParsersAction, name: str, run: object, help: str) -> argparse.ArgumentParser:
@@ -144,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _load(options)
     text, problems = plan.describe(config, options.nodes, options.calibration)
     print(text)
-    print(plan.job(config, options.nodes, [options.recipe, *options.overrides]))
+    print(plan.job(config, options.nodes, [options.recipe, *options.overrides], options.calibration))
     if problems:
         raise ConfigError(problems, options.recipe)
     return 0

@@ -4,7 +4,8 @@ torchrun's own report of a failure is a page that names an exit code. Here the l
 and its log. A rank that was killed could not say so: its log is marked on its behalf. With several nodes each launcher speaks
 for its own ranks; who failed first among all, slurm/spice.sh asks of the logs (`telemetry/rank_logs.py`) when the job has ended.
 
-torchrun also gives ranks half a minute to end after SIGTERM or Ctrl-C, and then kills them, which may be in the middle of a save.
+torchrun also gives ranks half a minute to end after SIGTERM or Ctrl-C, and then kills them, which may be in the middle of a save,
+and knows nothing of Slurm's warning before the time limit (SIGUSR1), which with proctrack/cgroup reaches a node's launcher alone.
 Here a rank takes the time it needs (`AskedToEnd`). Ranks that another rank's failure has left behind have that half minute still.
 
 Exit code: the ranks' own where all that failed agree on one (75: asked to end, and saved), otherwise 1; a recipe that a rank
@@ -34,6 +35,7 @@ from megatron_spice.config.errors import EXIT_CODE as REFUSED
 from megatron_spice.telemetry import rank_log, rank_logs
 
 RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 30.0  # seconds in which a file system that lives gives the logs
 
 
@@ -53,11 +55,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class AskedToEnd:
-    """For the length of the block, what the launcher does with SIGTERM and Ctrl-C.
+    """For the length of the block, what the launcher does with SIGTERM, Ctrl-C and SIGUSR1, whichever it inherited as ignored.
 
     The first goes on to the ranks, which are in sessions of their own where a terminal's Ctrl-C does not come, and they are
-    waited for. The second ends them at once: of a person, who will not wait. Slurm may send any number, and kills by itself when
-    its KillWait or GraceTime is over: then the second is nothing. With no rank started, the first ends the launcher.
+    waited for. The second ends them at once: of a person, who will not wait. Slurm may send any number, to the launcher alone or
+    to the ranks as well, and kills by itself when its KillWait or GraceTime is over: then the second is nothing. With no rank
+    started, the first ends the launcher.
 
     Args:
         is_slurms: whether the launcher is part of a Slurm job.
@@ -70,7 +73,7 @@ class AskedToEnd:
         self._asked_at: float | None = None
 
     def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

@@ -96,8 +96,9 @@ def _longest_sequence(config: Config) -> int | None:
     return passage + INSTRUCTIONS + max(config.game.challenger_max_tokens, config.game.reasoner_max_tokens)
 
 
-def job(config: Config, num_nodes: int, arguments: Sequence[str]) -> str:
-    """The command that starts the recipe (`arguments`: it and its overrides) on so many nodes, and what the script asks of Slurm."""
+def job(config: Config, num_nodes: int, arguments: Sequence[str], calibration: Path | None = None) -> str:
+    """The command that starts the recipe (`arguments`: it and its overrides) on so many nodes, and what is asked of Slurm by it and
+    by the script."""
     words = shlex.join(arguments)
     if num_nodes == 1 and machine.device(config.cluster.device) == "cpu":
         return f"# Start\nbash slurm/spice.sh {words}\n"
@@ -105,10 +106,24 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str]) -> str:
     accelerators = f" --gpus-per-node={per_node}" if machine.device(config.cluster.device) == "cuda" else ""
     lines = SCRIPT.read_text(encoding="utf-8").splitlines() if SCRIPT.is_file() else []
     directives = [line for line in lines if line.startswith("#SBATCH") and not line.startswith("#SBATCH --nodes")]
+    warning, asked = _warning(config, num_nodes, calibration), ""
+    if warning > estimate.SHORTEST_WARNING:  # more than the script asks for by itself
+        asked = f" --signal=B:USR1@{warning}"
+        directives = [f"#SBATCH{asked}" if line.startswith("#SBATCH --signal=") else line for line in directives]
     return "\n".join([
-        "# Start", f"sbatch --nodes={num_nodes}{accelerators} slurm/spice.sh {words}", *directives,
+        "# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives,
         f"on each node: torchrun --nnodes={num_nodes} --nproc-per-node={per_node} --module megatron_spice train {words}", "",
     ])  # fmt: skip
+
+
+def _warning(config: Config, num_nodes: int, calibration: Path | None) -> int:
+    """Seconds before the time limit at which the job wants to be told of it; the least where the recipe cannot be judged."""
+    constants = read_device(calibration or default_file(machine.device(config.cluster.device)))
+    try:
+        shape = read_architecture(config.policy.model)
+        return estimate.warning_seconds(config, shape, num_nodes, constants, machine.usable_cores())
+    except ConfigError:
+        return estimate.SHORTEST_WARNING
 
 
 def launch_environment(config: Config) -> str:

@@ -13,7 +13,7 @@
 #   bash slurm/benchmark.sh [--ranks-list 1,2] RECIPE [key.sub=value ...]      on this machine, by ranks instead of nodes
 #
 #   --iterations N     timed iterations of each run, after one that is not (default 3)
-#   --output DIR       where runs and results go (default runs/benchmark-DATE)
+#   --output DIR       where runs and results go (default runs/benchmark-DATE); without runs of an earlier call
 #
 # Every run is one of slurm/spice.sh. DIR/benchmark.json has the suites policy, sync, rollout, iteration and checkpoint for each
 # number of nodes, with versions, machine, recipe, seed and revision; DIR/benchmark.png shows efficiency and seconds by phase.
@@ -77,6 +77,11 @@ tool=("$python" "$root/tools/node_benchmark.py")
 IFS=, read -r -a numbers <<<"$counts"
 for count in "${numbers[@]}"; do
   [ "$unit" = ranks ] || [ "$count" -le "$available" ] || code=2 fail "--nodes-list names $count nodes, the allocation has $available"
+done
+for count in "${numbers[@]}"; do
+  # Each run begins anew: one that was begun before, or ended, is neither gone on from nor removed.
+  run="$output/$unit-$count"
+  [ ! -e "$run" ] || code=2 fail "$run is of an earlier call; name another --output, or remove it: rm -r $(printf %q "$run")"
 done
 mkdir -p "$output"
 # What is wrong with the recipe for any of the numbers is said before the first run.

@@ -18,9 +18,13 @@
 # The recipe is checked before anything starts: a wrong one ends with exit code 2 and says what to change.
 #
 # A job ends before its recipe does, and what happens then:
-#   the time limit is near (SIGUSR1, 3 minutes before)     saved, requeued, goes on by itself
+#   the time limit is near (SIGUSR1, 3 minutes before)     saved, requeued, goes on by itself; what takes longer than that and
+#                                                          Slurm's KillWait is lost, so that the job goes on from an older checkpoint:
+#                                                          --dry-run says how early a recipe wants to be told, and that is given to
+#                                                          sbatch before the script: sbatch --signal=B:USR1@600 slurm/spice.sh ...
 #   preempted, or `scontrol requeue` (SIGTERM)             saved if that takes less than Slurm's KillWait; Slurm requeues it
 #   `scancel` (SIGTERM)                                    the same, not requeued
+#   another run has taken its run.dir                      not requeued
 #   a rank or a node fails                                 requeued if the run has come further since the job began
 #
 #   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
@@ -75,6 +79,10 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
 fi
 
 # The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+  # What this job has saved itself is gone on from, also where its recipe begins anew.
+  set -- "$@" checkpoint.resume=auto
+fi
 environment="$("$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
 SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND=''
 eval "$environment"
@@ -122,6 +130,39 @@ has_come_further() {
   newest="$(newest_checkpoint)" && [ "$newest" != "$before" ]
 }
 
+# Whether what ends this job is its time limit, and not a user or a preemption (of which Slurm takes care) after the warning.
+is_out_of_time() {
+  case "$(timeout 60 scontrol show job "$SLURM_JOB_ID")" in
+    *Reason=TimeLimit* | *JobState=TIMEOUT* | '') true ;;
+    *) false ;;
+  esac
+}
+
+# Whether the job is another start's by now: a node was lost and this shell was not, and Slurm has requeued it already.
+is_requeued_already() {
+  local restarts
+  restarts="$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')"
+  [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
+}
+
+# Which start the folder belongs to (megatron_spice/checkpoint/ownership.py); nothing where none has taken it.
+folder_belongs_to() {
+  timeout 60 sed -n 's/.*"attempt": "\([^"]*\)".*/\1/p' "$SPICE_RUN_DIR/owner.json" 2>/dev/null || true
+}
+
+requeue() {
+  local owner
+  owner="$(folder_belongs_to)"
+  if is_requeued_already; then
+    echo "spice.sh: Slurm has requeued this job already"
+  elif [ "$owner" != "$owner_before" ] && [[ "$owner" != "job $SLURM_JOB_ID "* ]]; then
+    echo "spice.sh: not requeued: $SPICE_RUN_DIR belongs to $owner by now"
+  else
+    printf 'spice.sh: requeued (restart %d)\n' "$((${SLURM_RESTART_COUNT:-0} + 1))"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+}
+
 first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")"
 first_node="${first_node%%$'\n'*}" # not by `head`, which may end before scontrol has told them all: that fails a pipe
 first_address="$(address_of "$first_node")"
@@ -135,7 +176,8 @@ elif [ -n "${SPICE_CONTAINER:-}" ]; then
 fi
 
 before="$(newest_checkpoint)" || fail "$SPICE_RUN_DIR/checkpoints gives no answer: is its file system dead?"
-limit_is_near='' told_to_end='' woken=''
+owner_before="$(folder_belongs_to)"
+limit_is_near='' told_to_end='' woken='' requeued=''
 # Slurm wakes this shell alone; the ranks hear of it from here.
 trap 'woken=yes limit_is_near=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 # Slurm has told all processes of the job.
@@ -152,6 +194,11 @@ while :; do
   wait "$srun" && status=0 || status=$?
   [ -n "$woken" ] || break # a trap ends `wait` before its time
   woken=''
+  if [ -n "$told_to_end" ] && [ -n "$limit_is_near" ] && [ -z "$requeued" ] && is_out_of_time; then
+    # They save still. At once, for Slurm kills this shell with them when its KillWait is over.
+    requeued=yes
+    requeue || true
+  fi
 done
 
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
@@ -161,7 +208,6 @@ fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
   exit "$status"
 elif [ -n "$limit_is_near" ] || has_come_further; then
-  printf 'spice.sh: requeued (restart %d)\n' "$((${SLURM_RESTART_COUNT:-0} + 1))"
-  scontrol requeue "$SLURM_JOB_ID"
+  requeue
 fi
 exit "$status"

@@ -61,6 +61,35 @@ def test_a_wrong_recipe_is_refused_before_torch_is_imported():
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 2
 
 
+@pytest.mark.parametrize("arguments", [
+    ["--nodes=3", QUICKSTART, "train.iterations=3", "train.passages=6"], [QUICKSTART, "--nodes=3", "train.iterations=3", "train.passages=6"],
+    [QUICKSTART, "train.iterations=3", "--nodes", "3", "train.passages=6"], [QUICKSTART, "train.iterations=3", "train.passages=6", "--nodes=3"],
+])  # fmt: skip
+def test_settings_may_stand_before_and_behind_options(arguments):
+    done = run("plan", *arguments)
+    assert f"sbatch --nodes=3 slurm/spice.sh {QUICKSTART} train.iterations=3 train.passages=6\n" in done.stdout, done.stderr
+    assert run("launch-env", *arguments).stderr.count("problem") == 1 and "unrecognized" not in done.stderr
+
+
+def test_an_option_that_there_is_not_is_refused():
+    done = run("plan", QUICKSTART, "--node=3", "--noodles=3", "train.iterations=3")
+    assert done.returncode == 2 and done.stderr.rstrip().endswith("unrecognized arguments: --noodles=3")
+    assert "unrecognized arguments: 3" in run("doctor", "3").stderr
+
+
+def test_a_plan_asks_for_an_earlier_warning_where_a_job_takes_long_to_end(tmp_path):
+    model, calibration = tmp_path / "model", tmp_path / "calibration.json"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    constants = json.loads((ROOT / "megatron_spice" / "cost" / "devices" / "cpu.json").read_text())
+    said = run("plan", QUICKSTART, f"policy.model={model}", "--nodes=2").stdout
+    assert "sbatch --nodes=2 slurm/spice.sh" in said and "#SBATCH --signal=B:USR1@180\n" in said
+    constants["constants"]["hand_over"]["value"] = 200.0  # of a sync, which is finished, and of the way back to the policy
+    calibration.write_text(json.dumps(constants))
+    said = run("plan", QUICKSTART, f"policy.model={model}", "--nodes=2", f"--calibration={calibration}").stdout
+    assert "sbatch --nodes=2 --signal=B:USR1@420 slurm/spice.sh" in said and "#SBATCH --signal=B:USR1@420\n" in said
+
+
 def test_an_impossible_plan_is_printed_and_refused():
     done = run("plan", QUICKSTART, "policy.pipeline_parallel_size=4")
     assert done.returncode == 2

@@ -51,7 +51,7 @@ def house(tmp_path: Path) -> Path:
     """A small house with the launcher, the real command line, a model and a corpus that pass the checks."""
     for folder in ("config", "cluster", "telemetry"):
         shutil.copytree(ROOT / "megatron_spice" / folder, tmp_path / "megatron_spice" / folder)
-    for room in ("policy", "rollout"):  # a plan's memory and placement
+    for room in ("policy", "rollout", "cost", "checkpoint"):  # a plan, and whose the folder is
         shutil.copytree(ROOT / "megatron_spice" / room, tmp_path / "megatron_spice" / room)
     for path in (ROOT / "megatron_spice").glob("*.py"):
         shutil.copy(path, tmp_path / "megatron_spice")

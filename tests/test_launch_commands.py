@@ -12,6 +12,9 @@ CPU = {"SPICE_RANKS_PER_NODE": "2", "SPICE_DEVICE_KIND": "cpu", "SPICE_RUN_DIR":
 CUDA = CPU | {"SPICE_RANKS_PER_NODE": "8", "SPICE_DEVICE_KIND": "cuda"}
 JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+AGAIN = {"SLURM_RESTART_COUNT": "1"}
+FURTHER = {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}
+LIMIT, GONE = "JobState=COMPLETING Reason=TimeLimit", "JobState=COMPLETING Reason=None"
 ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
 SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
 DONE = "mkdir -p out.tasks/0000{0,1} && touch out.tasks/0000{0,1}/manifest.json\n"
@@ -30,6 +33,12 @@ CASES = {
     "spice-two-nodes-failed": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "1"}, ""),
     "spice-two-nodes-failed-later": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}, ""),
     "spice-two-nodes-saved-and-ended": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "75"}, ""),
+    "spice-warned": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75"}, ""),
+    "spice-out-of-time-while-saving": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": LIMIT}, ""),
+    "spice-cancelled-after-the-warning": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": GONE}, ""),
+    "spice-again": (CUDA, "slurm/spice.sh", ["recipe.yaml", "checkpoint.resume=never"], JOB | AGAIN, ""),
+    "spice-requeued-already": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | AGAIN | FURTHER | {"SHOWN": "JobId=41234 Restarts=2"}, ""),
+    "spice-folder-lost": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"OWNER": "job 41235 restart 0"}, ""),
     "spice-apptainer": (CUDA, "slurm/spice.sh", ["recipe.yaml"], TWO | {"SPICE_CONTAINER": "slurm/spice.sh"}, ""),
     "spice-pyxis-site-file": (CUDA, "slurm/spice.sh", ODD, TWO, SITE),
     "preprocess-alone": (CPU, "slurm/preprocess.sh", CORPUS, {}, ""),

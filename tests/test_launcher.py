@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ PATIENCE = 1  # torchrun's, in seconds; 30 by default
 RANK = f"""
 import os, pathlib, signal, sys, time
 folder, asked = pathlib.Path(sys.argv[1]), []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(number))
 def note(what):
     partial = folder / f"{{what}}{{os.environ['RANK']}}.partial"
@@ -47,6 +48,8 @@ class Launched:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SPICE"))}
         command = [sys.executable, "-m", "megatron_spice.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
         command += [f"--shutdown-timeout={PATIENCE}", str(folder / "rank.py"), str(folder), str(seconds)]
+        if "SLURM_JOB_ID" in more:  # as slurm/spice.sh starts it
+            command = ["bash", "-c", 'trap "" TERM USR1; exec "$@"', "--", *command]
         self.process = subprocess.Popen(
             command, env=environment | {"PYTHONPATH": str(ROOT)} | more, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -56,7 +59,10 @@ class Launched:
         deadline = time.monotonic() + 60
         notes = [self._folder / f"{what}{rank}" for rank in (0, 1)]
         while not all(note.exists() for note in notes):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()[1]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                pytest.fail(f"not both ranks have {what}: {self.process.communicate()[1]}")
             time.sleep(0.05)
         return [int(note.read_text()) for note in notes]
 
@@ -95,6 +101,19 @@ def test_slurm_may_ask_any_number_of_times(launched):
         job.process.send_signal(signal.SIGTERM)
         job.sleep_until_both("asked")
         time.sleep(0.3)
+    said = job.process.communicate(timeout=30)[1]
+    assert (job.process.returncode, job.saved()) == (INTERRUPTED, 2), said
+
+
+def test_the_warning_before_the_time_limit_may_come_to_the_launcher_alone_or_to_the_ranks_as_well(launched):
+    """With proctrack/cgroup Slurm signals only what it has started itself, with proctrack/linuxproc every process."""
+    job = launched(3.0 * PATIENCE, SLURM_JOB_ID="1")
+    ranks = job.sleep_until_both("began")
+    job.process.send_signal(signal.SIGUSR1)
+    job.sleep_until_both("asked")
+    for rank in ranks:
+        os.kill(rank, signal.SIGUSR1)
+    job.process.send_signal(signal.SIGTERM)  # at the limit
     said = job.process.communicate(timeout=30)[1]
     assert (job.process.returncode, job.saved()) == (INTERRUPTED, 2), said
 

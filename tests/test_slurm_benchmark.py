@@ -51,6 +51,16 @@ def test_a_wrong_start_ends_with_2_before_any_run(recipe, tmp_path, arguments, n
     assert not list(tmp_path.glob("out/*/metrics.jsonl"))
 
 
+def test_runs_of_an_earlier_call_are_left_alone(recipe, tmp_path):
+    log = tmp_path / "out" / "ranks-2" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    command = ["bash", str(SCRIPT), "--ranks-list", "1,2", "--output", "out", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "out/ranks-2 is of an earlier call" in done.stderr and "rm -r out/ranks-2" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ranks-2"] and log.is_file()
+
+
 @needs_slurm
 @pytest.mark.timeout(600)
 def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):

@@ -27,6 +27,7 @@ MOST_RANKS = 1024
 STATE_BYTES = 14.0  # of a number in a checkpoint: weight, master weight, two moments
 EPISODE_BYTES = 12.0  # of a token in what ranks exchange: id and log-probability
 HAND_OVERS, BARRIERS = 1.0, 8.0  # of an iteration
+SHORTEST_WARNING = 180  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,17 @@ def estimate(
         "save": device.seconds(save_work(numbers * STATE_BYTES / layout.data)) / config.checkpoint.every,
         "other": device.seconds(_other_work(load, ranks)),
     }, load.trained_tokens())  # fmt: skip
+
+
+def warning_seconds(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> int:
+    """How long before its time limit a job wants to be told, in whole minutes: for the longest phase that it may be in, which is
+    finished, and for a save, before which one that is under way is waited for. Passages that are being played are given up."""
+    layout = ParallelLayout.of(config.policy, architecture, num_nodes * config.cluster.ranks_per_node)
+    phases = estimate(config, architecture, num_nodes, device, cores).phases
+    longest = max(seconds for name, seconds in phases.items() if name != "play")
+    num_bytes = max(rank_parameters(architecture, layout, stage).held for stage in range(layout.pipeline)) * STATE_BYTES / layout.data
+    saves = device.seconds(save_work(num_bytes) | {"save_write": 2.0 * num_bytes})
+    return max(SHORTEST_WARNING, 60 * math.ceil((longest + phases["wake"] + saves) / 60.0))
 
 
 def sync_work(config: Config, architecture: ModelArchitecture) -> Work:

@@ -1,5 +1,6 @@
 """What a shell script would start: run for real among stand-ins for Slurm, containers and Python that write down how they were
-called, with which changes to the environment, and then do what follows from it (srun runs its command once a node). STATUS and CHECKPOINT in the environment are how the ranks end and what they leave behind.
+called, with which changes to the environment, and then do what follows from it (srun runs its command once a node). STATUS and CHECKPOINT in the environment are how the ranks end and what they leave behind, SIGNALS what comes to the script while
+they run, SHOWN what Slurm says of the job, and OWNER who has taken the run's folder meanwhile.
 
 The story is text to compare with a file of tests/snapshots; `pytest --rewrite-snapshots` writes it there instead, to be read in
 the diff before it is committed.
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOTS = ROOT / "tests" / "snapshots"
 PROGRAMS = ("srun", "scontrol", "scancel", "sbatch", "apptainer", "python", "getent", "nproc")
-_QUIET = {"_", "SHLVL", "PWD", "OLDPWD", "RECORDS", "ANSWER"}
+_QUIET = {"_", "SHLVL", "PWD", "OLDPWD", "RECORDS", "ANSWER", "SCRIPT"}
 _UNTOLD = ("getent", "nproc")
 
 _STAND_IN = r"""#!/bin/bash
@@ -25,16 +26,20 @@ name="$(basename "$0")"
 case "$name $1 $2" in
   "scontrol show hostnames"*) for ((n = 1; n <= SLURM_JOB_NUM_NODES; n++)); do echo "node$n"; done ;;
   "scontrol show node"*) echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=$3" ;;
+  "scontrol show job") echo "$SHOWN" ;;
   "nproc"*) echo 16 ;;
   "getent"*) [ -z "$UNRESOLVED" ]; exit ;;
   "python -m megatron_spice") cat "$ANSWER" ;;
   "python -c"*) echo a.tunable=1 ;;
   "python -m megatron_spice.launch")
     [ -z "$CHECKPOINT" ] || mkdir -p "$SPICE_RUN_DIR/checkpoints/$CHECKPOINT"
+    [ -z "$OWNER" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "{\"attempt\": \"$OWNER\"}" >"$SPICE_RUN_DIR/owner.json"; }
+    for signal in $SIGNALS; do kill -s "$signal" "$SCRIPT"; sleep 0.5; done
     exit "${STATUS:-0}" ;;
   "python -m megatron_spice.telemetry.rank_logs") echo "first cause: rank 7" ;;
   "srun"*)
     nodes=1
+    export SCRIPT=$PPID
     for word in "$@"; do case "$word" in --nodes=*) nodes="${word#--nodes=}" ;; esac; done
     while [[ "$1" == --* ]]; do shift; done
     for ((n = 0; n < nodes; n++)); do SLURM_NODEID=$n "$@" || status=$?; done
