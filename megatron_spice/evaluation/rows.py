@@ -1,7 +1,9 @@
 """Rows of local files: JSON lines, JSON, CSV, Parquet, Arrow, and folders of them as Hugging Face's `datasets` writes or downloads.
 
 Of a folder with several splits the one asked for is read, `test` unless told otherwise; files that name no split count for
-every one. Benchmarks are small: a file is read whole.
+every one. Of a folder with several tables (GSM8K's repository has `main` and `socratic`, the same questions twice) the one that
+the benchmark is made of is read, where it is told by which name, and otherwise none: what is read together decides the score, so
+it is not guessed. Benchmarks are small: a file is read whole.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +24,35 @@ from megatron_spice.corpus.readers.streams import decompressed
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "valid", "dev", "val", "test")
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+_SHARD = re.compile(r"[-_.]?\d{5,}(?:-of-\d{5,})?(?:-[0-9a-f]{16})?(?=\.)")
+"""The number of a file among several of one table, and the hash that older files have behind it."""
 
 
-def read_rows(path: Path, split: str = "test") -> list[Row]:
-    """All rows of a file or folder.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which files of a folder are a benchmark's: those with `names` in their paths, any if that is "" or nothing has it. `parts`:
+    they are parts of one benchmark, however many tables they are."""
+
+    names: str = ""
+    parts: bool = False
+
+
+def read_rows(path: Path, split: str = "test", wanted: Wanted = Wanted()) -> list[Row]:
+    """All rows of a file, or of the files of a folder that are wanted.
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: nothing that can be read, no such split, a row that is none; with the file and the line.
+        ValueError: nothing that can be read, no such split, several tables, a row that is none; with the file and the line.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
-    rows = [row for file in (_files(path, split) if path.is_dir() else [path]) for row in _read(file)]
+    rows = [row for file in (_files(path, split, wanted) if path.is_dir() else [path]) for row in _read(file)]
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def _files(folder: Path, split: str, wanted: Wanted) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         there = sorted(child.name for child in folder.iterdir() if child.is_dir())
         if split not in there and len(there) != 1:
@@ -49,12 +63,24 @@ def _files(folder: Path, split: str) -> list[Path]:
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in METADATA and _reader(f) is not None)
     if not files:
         raise ValueError(f"{folder} holds no file that can be read; expected {', '.join(READERS)}")
+    named_so = [file for file in files if re.search(wanted.names, file.relative_to(folder).as_posix(), re.IGNORECASE)]
+    files = named_so or files
     named = {file: match.group(1) for file in files if (match := _SPLIT.search(str(file.relative_to(folder)).lower()))}
     splits = sorted(set(named.values()))
     if split not in splits and len(splits) > 1:
         raise ValueError(f"{folder} has files of the splits {', '.join(splits)}, none of {split!r}: give one with --split")
     chosen = split if split in splits else (splits or [""])[0]
-    return [file for file in files if named.get(file, chosen) == chosen]
+    files = [file for file in files if named.get(file, chosen) == chosen]
+    tables = {_table(file.relative_to(folder)): file for file in reversed(files)}
+    if len(tables) > 1 and not (wanted.parts and named_so):
+        shown = ", ".join(str(file.relative_to(folder)) for file in sorted(tables.values())[:8]) + (", ..." if len(tables) > 8 else "")
+        raise ValueError(f"{folder} has {len(tables)} tables ({shown}): give the file or the folder of one of them, not the folder of all")
+    return files
+
+
+def _table(file: Path) -> str:
+    """What the files of one table have in common: their path without split and number."""
+    return _SPLIT.sub("", _SHARD.sub("", file.as_posix().lower()))
 
 
 def _reader(file: Path) -> Callable[[Path], list[Row]] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_spice.evaluation import factbook
 from megatron_spice.evaluation.items import Item, make_items
 from megatron_spice.evaluation.puzzles import SIZE, puzzles
-from megatron_spice.evaluation.rows import READERS, read_rows
+from megatron_spice.evaluation.rows import READERS, Wanted, read_rows
 from megatron_spice.evaluation.tasks import OFFLINE, PUZZLES, Benchmark, Request
 
 FACTBOOK = Path("assets/factbook.jsonl")
@@ -61,5 +61,5 @@ def load(request: Request, split: str, limit: int | None) -> list[Item]:
         return puzzles(name, limit or SIZE)
     if request.benchmark in OFFLINE:
         return factbook.questions(Path(request.path), open_book=name.endswith("-open"), limit=limit)
-    rows = read_rows(Path(request.path), split)
+    rows = read_rows(Path(request.path), split, Wanted(request.benchmark.files, request.benchmark.parts))
     return make_items(request.benchmark, rows, request.fields, request.path)[:limit]

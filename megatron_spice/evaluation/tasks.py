@@ -37,7 +37,8 @@ class Benchmark:
     """One column of the results.
 
     `samples` answers are drawn at `temperature` for each question, and their mean counts (1 and 0.0: greedy). `layouts` are
-    tried in order: the first whose needed fields are all there is used. `kind` "mathematics" lets a judge decide what the
+    tried in order: the first whose needed fields are all there is used. `files` is what the names of its files have in the
+    repositories that hold others beside, and `parts` whether there are several of them (`rows.py`). `kind` "mathematics" lets a judge decide what the
     rules call different, and reads `x y` as an expression; "text" does neither.
     """
 
@@ -47,6 +48,8 @@ class Benchmark:
     layouts: tuple[Fields, ...] = (OPEN,)
     samples: int = 1
     temperature: float = 0.0
+    files: str = ""
+    parts: bool = False
     about: str = ""
 
 
@@ -54,14 +57,14 @@ PAPER = (
     Benchmark("amc", "AMC", "mathematics", about="AMC 2023: math-ai/amc23 (40) or AI-MO/aimo-validation-amc (83)"),
     Benchmark("minerva", "Minerva", "mathematics", about="Minerva Math: math-ai/minervamath (272)"),
     Benchmark("math500", "MATH500", "mathematics", about="MATH-500: HuggingFaceH4/MATH-500"),
-    Benchmark("gsm8k", "GSM8K", "mathematics", about="GSM8K, test: openai/gsm8k (1,319)"),
-    Benchmark("olympiad", "Olympiad", "mathematics", (OPEN | {"answer": ("final_answer", "answer")},), about="OlympiadBench, English open-ended mathematics: Hothan/OlympiadBench OE_TO_maths_en_COMP (674)"),
+    Benchmark("gsm8k", "GSM8K", "mathematics", files=r"(?:^|/)main/", about="GSM8K, test: openai/gsm8k (1,319)"),
+    Benchmark("olympiad", "Olympiad", "mathematics", (OPEN | {"answer": ("final_answer", "answer")},), files="OE_TO_maths_en_COMP", about="OlympiadBench, English open-ended mathematics: Hothan/OlympiadBench OE_TO_maths_en_COMP (674)"),
     Benchmark("aime24", "AIME24", "mathematics", samples=32, temperature=0.6, about="AIME 2024: HuggingFaceH4/aime_2024 or Maxwell-Jia/AIME_2024 (30)"),
-    Benchmark("aime25", "AIME25", "mathematics", samples=32, temperature=0.6, about="AIME 2025: math-ai/aime25 or yentinglin/aime_2025 (30)"),
+    Benchmark("aime25", "AIME25", "mathematics", samples=32, temperature=0.6, files=r"aime_?2025-I", parts=True, about="AIME 2025: math-ai/aime25, yentinglin/aime_2025 or opencompass/AIME2025 (30)"),
     Benchmark("supergpqa", "SuperGPQA", "text", (CHOICE,), about="SuperGPQA: m-a-p/SuperGPQA (26,529), up to ten options"),
-    Benchmark("gpqa", "GPQA-D", "text", (GPQA, CHOICE, OPEN), about="GPQA-Diamond: Idavidrein/gpqa gpqa_diamond.csv (198)"),
+    Benchmark("gpqa", "GPQA-D", "text", (GPQA, CHOICE, OPEN), files="gpqa_diamond", about="GPQA-Diamond: Idavidrein/gpqa gpqa_diamond.csv (198)"),
     Benchmark("mmlu_pro", "MMLU-Pro", "text", (CHOICE,), about="MMLU-Pro, test: TIGER-Lab/MMLU-Pro (12,032), up to ten options"),
-    Benchmark("bbeh", "BBEH", "text", about="BIG-Bench Extra Hard: BBEH/bbeh, or task.json files of its repository"),
+    Benchmark("bbeh", "BBEH", "text", files=r"(?:^|/)task\.json", parts=True, about="BIG-Bench Extra Hard: BBEH/bbeh, or the task.json files of its repository (without mini)"),
 )  # fmt: skip
 
 OFFLINE = (

@@ -11,7 +11,7 @@ import pytest
 from megatron_spice.evaluation import sources
 from megatron_spice.evaluation.gold import read_gold, task_of
 from megatron_spice.evaluation.items import make_items
-from megatron_spice.evaluation.rows import read_rows
+from megatron_spice.evaluation.rows import Wanted, read_rows
 from megatron_spice.evaluation.tasks import BY_NAME, PAPER, find_all
 
 TEN = [f"metal {number}" for number in range(10)]
@@ -149,6 +149,48 @@ def test_folders_and_their_splits(tmp_path):
     (tmp_path / "none" / "contest.jsonl").write_text('{"question": "?"}\n{')
     with pytest.raises(ValueError, match="contest.jsonl:2 is not JSON"):
         read_rows(tmp_path / "none")
+
+
+# Repositories as they are downloaded: the files of each, those that are the benchmark, and those that are refused together.
+REPOSITORIES = [
+    ("gsm8k", ["main/test-00000-of-00001.jsonl", "main/train-00000-of-00001.jsonl", "socratic/test-00000-of-00001.jsonl"], ["main/test-00000-of-00001.jsonl"]),
+    ("gsm8k", ["test.jsonl", "test_socratic.jsonl"], None),
+    ("gpqa", ["gpqa_diamond.jsonl", "gpqa_main.jsonl", "gpqa_extended.jsonl", "gpqa_experts.jsonl"], ["gpqa_diamond.jsonl"]),
+    ("olympiad", [f"OlympiadBench/{name}/{name}.jsonl" for name in ("OE_MM_maths_en_COMP", "OE_TO_maths_en_COMP", "OE_TO_maths_zh_CEE", "OE_TO_physics_en_COMP")], ["OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.jsonl"]),
+    ("bbeh", ["bbeh/benchmark_tasks/bbeh_a/task.json", "bbeh/benchmark_tasks/bbeh_b/task.json", "bbeh/mini/data.json"], ["bbeh/benchmark_tasks/bbeh_a/task.json", "bbeh/benchmark_tasks/bbeh_b/task.json"]),
+    ("bbeh", ["bbeh_a/task.json", "bbeh_b/task.json"], ["bbeh_a/task.json", "bbeh_b/task.json"]),
+    ("bbeh", ["data.json"], ["data.json"]),
+    ("aime25", ["aime2025-I.jsonl", "aime2025-II.jsonl"], ["aime2025-I.jsonl", "aime2025-II.jsonl"]),
+    ("amc", ["data/train-00000-of-00001-7b34565378f02992.jsonl"], ["data/train-00000-of-00001-7b34565378f02992.jsonl"]),
+    ("math500", ["test.jsonl", "test.json"], None),
+    ("mmlu_pro", ["data/test-00000-of-00002.jsonl", "data/test-00001-of-00002.jsonl", "data/validation-00000-of-00001.jsonl"], ["data/test-00000-of-00002.jsonl", "data/test-00001-of-00002.jsonl"]),
+    ("minerva", ["2023.jsonl", "2024.jsonl"], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "there", "read"), REPOSITORIES)
+def test_of_a_repository_with_several_tables_one_is_read(tmp_path, name, there, read):
+    benchmark = BY_NAME[name]
+    for path in there:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps({"question": path, "answer": "1"}))
+    wanted = Wanted(benchmark.files, benchmark.parts)
+    if read is None:
+        with pytest.raises(ValueError, match=r"has 2 tables \(.*, .*\): give the file or the folder of one of them"):
+            read_rows(tmp_path, wanted=wanted)
+    else:
+        assert [row["question"] for row in read_rows(tmp_path, wanted=wanted)] == read
+
+
+def test_several_tables_are_refused_for_a_benchmark_without_a_known_name(tmp_path):
+    for name in ("data.json", "other/data.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps([{"input": "?", "target": "1"}]))
+    [request] = [sources.request_for(benchmark, [f"bbeh={tmp_path}"], []) for benchmark in find_all("bbeh")]
+    with pytest.raises(ValueError, match=r"has 2 tables \(data.json, other/data.json\)"):
+        sources.load(request, "test", None)
+    (tmp_path / "task.json").write_text(json.dumps([{"input": "this one", "target": "1"}]))
+    assert [item.task.question for item in sources.load(request, "test", None)] == ["this one"]
 
 
 def test_hugging_face_saved_folders(tmp_path):
