@@ -92,9 +92,15 @@ def list_tasks(options: argparse.Namespace) -> int:
         how = "greedy" if benchmark.samples == 1 else f"mean of {benchmark.samples} at temperature {benchmark.temperature}"
         print(f"{benchmark.name:14} {benchmark.about}; {how}")
         for layout in benchmark.layouts if benchmark in tasks.PAPER else ():
-            print("".ljust(15) + "; ".join(f"{meaning}: {' | '.join(names)}" for meaning, names in layout.items()))
+            print("".ljust(15) + "; ".join(f"{_meaning(meaning)}: {' | '.join(names)}" for meaning, names in layout.items()))
     print(f"{tasks.PUZZLES + 'NAME':14}\n{'':15}any data set of the package reasoning-gym with one right answer a question; greedy")
     return 0
+
+
+def _meaning(meaning: str) -> str:
+    """A meaning as it is listed; of those that a row need not have, what they do."""
+    told = {"context": " (stands before the question)", "tolerance": " (how far from the gold number an answer may be)"}
+    return meaning + told.get(meaning, "")
 
 
 def hold_out(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from megatron_spice.evaluation.matching import elements
 from megatron_spice.game.expression import looks_mathematical
 from megatron_spice.game.extract import last_boxed
 from megatron_spice.game.numerals import is_integer, read_quantity
@@ -60,12 +61,15 @@ def task_of(gold: str, kind: str) -> tuple[str, AnswerType]:
     """The gold answer as the verifier takes it, and the rule it goes by.
 
     Whole numbers, with a unit or not, are Integer; a letter in parentheses is MCQ; words are String; what can be read as
-    mathematics is Expression; anything else is String. Of `kind` "text" only what has a digit or an operator is Expression.
+    mathematics is Expression; anything else is String. Of `kind` "text" only what has a digit or an operator is Expression, and
+    no sequence, which is a String (`matching.py` compares its elements).
     """
     if letter := _LETTER.fullmatch(strip_latex(gold)):
         return letter[1], "MCQ"
     if is_integer(gold):
         return gold, "Integer"
+    if kind == "text" and elements(gold) is not None:
+        return gold, "String"
     number = read_quantity(gold)
     if number is not None and number.denominator == 1:
         return str(number), "Integer"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_spice.evaluation.gold import read_gold, task_of
+from megatron_spice.evaluation.matching import read_tolerances
 from megatron_spice.evaluation.rows import Row
-from megatron_spice.evaluation.tasks import Benchmark, Fields
+from megatron_spice.evaluation.tasks import OPTIONAL, Benchmark, Fields
 from megatron_spice.game.options import letter_of
 from megatron_spice.game.records import Task
 
@@ -19,14 +20,16 @@ MOST_OPTIONS = 26
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question; `id` is unique in its benchmark."""
+    """One question; `id` is unique in its benchmark. `tolerances`: see `matching.verdict`."""
 
     id: str
     task: Task
+    tolerances: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What a log keeps of it, beside the answers: everything that decides what is asked and what is right."""
-        return {"id": self.id, "question": self.task.question, "gold": self.task.gold_answer, "answer_type": self.task.answer_type}
+        about = {"id": self.id, "question": self.task.question, "gold": self.task.gold_answer, "answer_type": self.task.answer_type}
+        return about | ({"tolerances": list(self.tolerances)} if self.tolerances else {})
 
 
 def make_items(benchmark: Benchmark, rows: Sequence[Row], given: Mapping[str, str], source: str) -> list[Item]:
@@ -39,18 +42,20 @@ def make_items(benchmark: Benchmark, rows: Sequence[Row], given: Mapping[str, st
     Raises:
         ValueError: a field is missing (those that are there are named), or a row holds no question or answer.
     """
-    fields = choose_fields(benchmark, list(rows[0]), given, source)
+    there = list(dict.fromkeys(name for row in rows for name in row))
+    fields = choose_fields(benchmark, there, given, source)
     items: list[Item] = []
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         try:
-            task = _task({meaning: row.get(name) for meaning, name in fields.items()}, benchmark.kind)
+            values = {meaning: row.get(name) for meaning, name in fields.items()}
+            task, tolerances = _task(values, benchmark.kind), read_tolerances(values.get("tolerance"))
         except ValueError as error:
             raise ValueError(f"{benchmark.name}: row {number} of {source}: {error}") from None
         name = str(row[fields["id"]]) if "id" in fields and row.get(fields["id"]) not in (None, "") else str(number)
         name = name if name not in seen else f"{name} (row {number})"
         seen.add(name)
-        items.append(Item(name, task))
+        items.append(Item(name, task, tolerances))
     return items
 
 
@@ -65,7 +70,7 @@ def choose_fields(benchmark: Benchmark, there: Sequence[str], given: Mapping[str
     problems = []
     for layout in benchmark.layouts:
         found = {meaning: name for meaning in layout if (name := _field(meaning, layout, there, given))}
-        missing = [meaning for meaning in layout if meaning not in found and meaning != "id"]
+        missing = [meaning for meaning in layout if meaning not in found and meaning not in OPTIONAL]
         if not missing:
             return found
         problems.append(", ".join(f"{meaning} ({' or '.join(layout[meaning])})" for meaning in missing))
@@ -91,6 +96,9 @@ def _task(values: Mapping[str, Any], kind: str) -> Task:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"its question is {question!r:.60}, expected a text")
     question = question.strip()
+    context = values.get("context")
+    if isinstance(context, str) and context.strip() and context.strip() not in question:
+        question = f"{context.strip()}\n{question}"
     if "correct" in values:
         return _shuffled(question, [values["correct"], values["wrong1"], values["wrong2"], values["wrong3"]])
     if "options" in values:

@@ -20,6 +20,7 @@ from megatron_spice.evaluation.endpoint import TooLong
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
 from megatron_spice.evaluation.log import TaskLog
+from megatron_spice.evaluation.matching import verdict
 from megatron_spice.evaluation.model import Model
 from megatron_spice.evaluation.score import Score, score
 from megatron_spice.evaluation.tasks import Benchmark
@@ -112,9 +113,9 @@ class Evaluator:
         answers = []
         for reply in replies:
             extracted = self.model.style.extract_answer(reply.text)
-            verdict = await self.verifier.verify(item.task, extracted)
+            found = await verdict(self.verifier, item.task, benchmark.kind, item.tolerances, extracted)
             answers.append({
-                "response": reply.text, "extracted": extracted, "correct": verdict.correct, "reason": verdict.reason,
+                "response": reply.text, "extracted": extracted, "correct": found.correct, "reason": found.reason,
                 "finish": reply.finish, "tokens": reply.tokens,
             })  # fmt: skip
         return answers

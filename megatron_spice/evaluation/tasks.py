@@ -7,6 +7,8 @@ meaning the names of the public layouts, tried in order, whatever their capitals
     options, letter         a list of options, and the letter, number or text of the right one
     correct, wrong1..3      GPQA's own layout: options in no order, which are shuffled by a seed made of the question
     id                      anything; the row's number where it is missing
+    context                 if there is one: what stands before the question
+    tolerance               if there is one: how far from the gold number an answer may be, or one for each of several numbers
 
 How a gold answer is read does not depend on the benchmark (`gold.py`).
 """
@@ -26,6 +28,9 @@ OPEN: Fields = {"question": _QUESTION, "answer": _ANSWER, "id": _ID}
 CHOICE: Fields = {
     "question": _QUESTION, "options": ("options", "choices"), "letter": ("answer_letter", "answer", "answer_index"), "id": _ID,
 }  # fmt: skip
+OPTIONAL = ("id", "context", "tolerance")
+"""Meanings that a layout's rows need not have."""
+OLYMPIAD: Fields = OPEN | {"answer": ("final_answer", "answer"), "context": ("context",), "tolerance": ("error",)}
 GPQA: Fields = {
     "question": _QUESTION, "correct": ("correct answer",), "wrong1": ("incorrect answer 1",),
     "wrong2": ("incorrect answer 2",), "wrong3": ("incorrect answer 3",), "id": _ID,
@@ -58,7 +63,7 @@ PAPER = (
     Benchmark("minerva", "Minerva", "mathematics", about="Minerva Math: math-ai/minervamath (272)"),
     Benchmark("math500", "MATH500", "mathematics", about="MATH-500: HuggingFaceH4/MATH-500"),
     Benchmark("gsm8k", "GSM8K", "mathematics", files=r"(?:^|/)main/", about="GSM8K, test: openai/gsm8k (1,319)"),
-    Benchmark("olympiad", "Olympiad", "mathematics", (OPEN | {"answer": ("final_answer", "answer")},), files="OE_TO_maths_en_COMP", about="OlympiadBench, English open-ended mathematics: Hothan/OlympiadBench OE_TO_maths_en_COMP (674)"),
+    Benchmark("olympiad", "Olympiad", "mathematics", (OLYMPIAD,), files="OE_TO_maths_en_COMP", about="OlympiadBench, English open-ended mathematics: Hothan/OlympiadBench OE_TO_maths_en_COMP (674)"),
     Benchmark("aime24", "AIME24", "mathematics", samples=32, temperature=0.6, about="AIME 2024: HuggingFaceH4/aime_2024 or Maxwell-Jia/AIME_2024 (30)"),
     Benchmark("aime25", "AIME25", "mathematics", samples=32, temperature=0.6, files=r"aime_?2025-I", parts=True, about="AIME 2025: math-ai/aime25, yentinglin/aime_2025 or opencompass/AIME2025 (30)"),
     Benchmark("supergpqa", "SuperGPQA", "text", (CHOICE,), about="SuperGPQA: m-a-p/SuperGPQA (26,529), up to ten options"),
