@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_spice.assemble import Run, assemble, load_stack, watched
 from megatron_spice.checkpoint import store as checkpoints
-from megatron_spice.cluster import distributed, platform
+from megatron_spice.cluster import distributed, free_memory, platform
 from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.cluster.interruption import Interrupted, Interruption
 from megatron_spice.cluster.topology import from_environment
@@ -30,10 +30,6 @@ from megatron_spice.rollout.engine import KV_CACHE, WEIGHTS, EngineError, Engine
 from megatron_spice.telemetry.ranks import spread
 from megatron_spice.warmup import warm_up
 from megatron_spice.weights import sync
-
-PHASES = ("seconds/sync", "seconds/play", "seconds/wake", "seconds/train", "seconds/save")
-"""Those whose spread over the ranks is logged."""
-
 
 def train(config: Config, build: Callable[..., Run] = assemble) -> None:
     """Runs a recipe to its last iteration, from its newest checkpoint if it has one. Called on every rank; `build` puts the run
@@ -84,7 +80,8 @@ def _iterate(run: Run, iteration: int) -> None:
         update = run.policy.update(trajectories)
     seconds = timer.metrics()
     timer.restart()
-    everyone = spread(seconds, PHASES)
+    memory = free_memory.held(run.topology.device)
+    everyone = spread({**seconds, **memory, **_sent(synced), **woken})
     if config.policy.precision == "fp8" and iteration == run.done + 1:
         run.say("\n".join(run.policy.audit_lines()))
     if run.log is not None:
@@ -93,8 +90,8 @@ def _iterate(run: Run, iteration: int) -> None:
         engines = {"engines/restarts": run.engine_restarts}
         audited = run.audit.metrics(episodes) if run.audit is not None else {}
         metrics = {
-            **game.metrics(episodes), **audited, **played, **baselines, **update, **synced, **woken, **engines, **speed, **seconds,
-            **everyone,
+            **game.metrics(episodes), **audited, **played, **baselines, **update, **synced, **woken, **memory, **engines, **speed,
+            **seconds, **everyone,
         }  # fmt: skip
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)
@@ -226,6 +223,11 @@ def _to_policy(run: Run) -> dict[str, float]:
     run.pool.sleep()
     dist.barrier()
     return run.policy.wake()
+
+
+def _sent(metrics: dict[str, float]) -> dict[str, float]:
+    """A hand-over's metrics for the comparison of ranks: one without an engine has sent nothing, and its rate is none."""
+    return {name: value for name, value in metrics.items() if metrics["sync/gib"] or not name.startswith("sync/")}
 
 
 def _warn_of_drift(run: Run, update: dict[str, float]) -> None:

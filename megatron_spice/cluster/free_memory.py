@@ -8,6 +8,7 @@ out what there is; the same states are passed and what is free is read all the s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,33 @@ def free_on_host(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sy
     except (OSError, ValueError):
         pass  # no limit ("max"), or no cgroup v2
     return max(0, free)
+
+
+def held(device: str, process: Path = Path("/proc/self")) -> dict[str, float]:
+    """Metrics of what this rank's process holds and what its machine has left, in GiB: the most that torch has held of the accelerator
+    since the last call (on a CPU the process of the machine's memory), and what is free on the machine."""
+    most = _most_on_device() if device == "cuda" else _most_on_host(process)
+    return {"memory/most_held_gib": most / GIB, "memory/free_on_host_gib": free_on_host() / GIB}
+
+
+def _most_on_device() -> int:
+    import torch
+
+    most = torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def _most_on_host(process: Path) -> int:
+    """The kernel's own high-water mark, begun anew; where that may not be done, since the process began. 0 if it cannot be told."""
+    try:
+        lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        most = int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+    with contextlib.suppress(OSError):
+        (process / "clear_refs").write_text("5")
+    return most
 
 
 class EngineRoom:

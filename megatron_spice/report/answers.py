@@ -208,13 +208,16 @@ def _slowest_rank(group: Group, whole: float) -> str:
     lost: dict[str, float] = defaultdict(float)
     for run in group.runs:
         for name in run.metrics():
-            if name.startswith("ranks/") and name.endswith("_mean"):
-                phase = name.removeprefix("ranks/").removesuffix("_mean")
+            phase = name.removeprefix("ranks/").removesuffix("_mean")
+            if name == f"ranks/{phase}_mean" and f"{progress.SECONDS}{phase}" in run.metrics():
                 lost[phase] += float(np.nansum(run.series(f"ranks/{phase}_max") - run.series(name)))
     phase = max(lost, key=lost.__getitem__, default=None)
     if phase is None or lost[phase] < 0.01 * whole:
         return ""
-    return f"The slowest rank needs longer for {phase} than the mean of all ranks: {share(lost[phase] / whole)} of an iteration."
+    ranks = np.concatenate([run.series(f"ranks/{phase}_max_rank") for run in group.runs])
+    numbers, times = np.unique(ranks[np.isfinite(ranks)], return_counts=True)
+    who = f", which is rank {numbers[times.argmax()]:.0f} in {share(times.max() / times.sum())} of the iterations," if len(numbers) else ""
+    return f"The slowest rank{who} needs longer for {phase} than the mean of all ranks: {share(lost[phase] / whole)} of an iteration."
 
 
 def _since_then(group: Group) -> list[str]:

@@ -85,8 +85,13 @@ CURVES = (
     Curve("engines", "game/seconds_per_passage", "Time of a passage", "seconds", FROM_ZERO, N),
     Curve("engines", "engines/passages_again", "Passages played again", "passages", FROM_ZERO, N, "After an engine was lost."),
     Curve("engines", "sync/gib_per_second", "Weights to the engines", "GiB a second", FROM_ZERO, N),
-    Curve("engines", "memory/free_for_kv_cache_gib", "Free before play", "GiB", FROM_ZERO, N),
-    Curve("engines", "memory/free_for_policy_gib", "Free before training", "GiB", FROM_ZERO, N),
+    Curve("engines", "memory/free_for_kv_cache_gib", "Free before play", "GiB", FROM_ZERO, N, "On the first rank's device."),
+    Curve("engines", "memory/free_for_policy_gib", "Free before training", "GiB", FROM_ZERO, N, "On the first rank's device."),
+    Curve("engines", "ranks/memory/free_for_kv_cache_gib_min", "Least free before play", "GiB", FROM_ZERO, N, "Of all ranks."),
+    Curve("engines", "ranks/memory/free_for_policy_gib_min", "Least free before training", "GiB", FROM_ZERO, N, "Of all ranks."),
+    Curve("engines", "ranks/memory/most_held_gib_max", "Most memory held", "GiB", FROM_ZERO, N,
+          "By the rank that holds most: of its accelerator, on a CPU of the machine."),
+    Curve("engines", "ranks/memory/free_on_host_gib_min", "Least free on a machine", "GiB", FROM_ZERO, N, "Of all ranks' machines."),
     Curve("engines", "verifier/timeouts", "Verdicts that ran out of time", "answers", FROM_ZERO, N),
 )  # fmt: skip
 

@@ -8,13 +8,14 @@ Rich's markup in them do nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,7 +24,6 @@ from rich.text import Text
 from megatron_spice.telemetry import progress
 
 RECENT = 10  # iterations that means are taken over
-WIDTH = 40  # iterations in a curve
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth of a character high to the whole
 PHASE_COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan", "yellow", "red")
 
@@ -68,7 +68,7 @@ def draw(look: Look) -> RenderableType:
         return Panel(Text("no iteration is finished yet"), title=Text(look.name))
     last = look.records[-1]
     parts: list[RenderableType] = [_head(look), _curves(look)]
-    parts.append(Columns([_phases(look.records), _engines(look), _numbers("memory", last, "memory/", "_gib", "GiB")], padding=(0, 1)))
+    parts.append(Columns([_phases(look.records), _engines(look), _memory(last)], padding=(0, 1)))
     if look.episode is not None and (task := _task(look.episode)) is not None:
         parts.append(task)
     return Group(*parts)
@@ -94,9 +94,10 @@ def _head(look: Look) -> RenderableType:
 def _curves(look: Look) -> RenderableType:
     table = Table(expand=True, box=None, padding=(0, 1))
     table.add_column("")
-    table.add_column(f"last {min(WIDTH, len(look.records))} iterations", ratio=1, no_wrap=True)
+    count = len(look.records)
+    table.add_column(_Fitted(count, lambda shown: f"last {shown} iterations"), ratio=1, no_wrap=True)
     table.add_column("now", justify="right")
-    table.add_column(f"mean of {min(RECENT, len(look.records))}", justify="right")
+    table.add_column(f"mean of {min(RECENT, count)}", justify="right")
     for label, metric, limits, form in CURVES:
         values = [record.get(metric) for record in look.records]
         mean = _mean(look.records, metric)
@@ -104,8 +105,24 @@ def _curves(look: Look) -> RenderableType:
             continue
         alarm = metric == progress.DRIFT[0] and look.drift_alarm is not None and (values[-1] or 0.0) > look.drift_alarm
         now = ("-" if values[-1] is None else format(values[-1], form)) + " !" * alarm
-        table.add_row(label, sparkline(values[-WIDTH:], limits), Text(now, "bold red" if alarm else "bold"), format(mean, form))
+        curve = _Fitted(count, lambda shown, values=values, limits=limits: sparkline(values[-shown:], limits))
+        table.add_row(label, curve, Text(now, "bold red" if alarm else "bold"), format(mean, form))
     return Panel(table, title="learning")
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A line about as many of the newest iterations as there is room for, `longest` at most: `line` is told how many. Rich itself
+    would cut it at its right end, where the newest are."""
+
+    longest: int
+    line: Callable[[int], str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.line(min(self.longest, options.max_width)), no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, max(self.longest, 1))
 
 
 def sparkline(values: Sequence[float | None], limits: tuple[float, float] | None = None) -> str:
@@ -130,7 +147,7 @@ def _phases(records: Sequence[dict]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     for place, (name, seconds) in enumerate(means.items()):
         bar = Text(BARS[-1] * max(round(20 * seconds / whole), 1 if seconds else 0), PHASE_COLOURS[place % len(PHASE_COLOURS)])
-        table.add_row(Text(name), Text(f"{seconds:.1f} s"), Text(f"{seconds / whole:.0%}"), bar)
+        table.add_row(Text(name), Text(f"{seconds:.1f} s"), Text(f"{seconds / whole:.0%}"), bar, Text(_slowest(records[-1], name)))
     return Panel(table, title="time by phase")
 
 
@@ -149,15 +166,32 @@ def _engines(look: Look) -> RenderableType:
     return Panel(table, title="engines")
 
 
-def _numbers(title: str, record: dict, prefix: str, suffix: str, unit: str) -> RenderableType:
+def _slowest(record: dict, phase: str) -> str:
+    """Which rank took longest for a phase in an iteration, and how long; "" where it is not known or all took as long."""
+    return f"slowest: {most}" if (most := _of_rank(record, phase, "max", "s")) else ""
+
+
+def _memory(record: dict) -> RenderableType:
+    """GiB of the first rank, and the least and the most that any has."""
     table = Table.grid(padding=(0, 1))
-    found = {name: value for name, value in record.items() if name.startswith(prefix) and name.endswith(suffix) and value is not None}
+    found = {name: value for name, value in record.items() if name.startswith("memory/") and name.endswith("_gib") and value is not None}
     for name, value in found.items():
-        label = name.removeprefix(prefix).removesuffix(suffix).replace("_", " ")
-        table.add_row(Text(label), Text(f"{value:.2f} {unit}"))
+        words = [f"{word} {theirs}" for word, end in (("least", "min"), ("most", "max")) if (theirs := _of_rank(record, name, end))]
+        label = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
+        table.add_row(Text(label), Text(f"{value:.2f} GiB"), *map(Text, words))
     if not found:
         table.add_row(Text("not measured"))
-    return Panel(table, title=title)
+    return Panel(table, title="memory")
+
+
+def _of_rank(record: dict, name: str, end: str, unit: str = "") -> str:
+    """The smallest or largest of all ranks and whose it is (`telemetry/ranks.py`); "" where it is not known or all are the same."""
+    least, most = (record.get(f"ranks/{name}_{each}") for each in ("min", "max"))
+    rank = record.get(f"ranks/{name}_{end}_rank")
+    if least is None or most is None or rank is None or least == most:
+        return ""
+    value = least if end == "min" else most
+    return (f"{value:.1f} {unit}" if unit else f"{value:.2f}") + f" rank {rank:.0f}"
 
 
 def _task(episode: dict) -> RenderableType | None:

@@ -46,6 +46,9 @@ def test_a_checkpoint_holds_what_made_it(recipe, begun):
     assert first["config"] == load_config(recipe, [*SETTINGS, f"run.dir={run_dir}", "train.iterations=1"]).model_dump(mode="json")
     assert first["engines"]["restarts"] == 1 == metrics[0]["engines/restarts"]
     assert first["engines"]["seed"] == 11 + 7919 * 5
+    ours = [name for name in metrics[0] if name.startswith("memory/")]
+    assert len(ours) > 5 and {f"ranks/{name}_max_rank" for name in ours} <= metrics[0].keys(), "known of the first rank alone"
+    assert {f"ranks/{name}_min" for name in ("play", "train", "sync/push_seconds", "sync/gib_per_second")} <= metrics[0].keys()
 
 
 def test_a_resumed_run_says_what_is_otherwise_and_goes_on_counting(recipe, begun, tmp_path):

@@ -51,6 +51,16 @@ def test_the_wait_ends_and_the_error_names_the_numbers() -> None:
     assert 0.2 <= time.monotonic() - start < 1.0
 
 
+def test_what_a_process_has_held_at_most_is_of_the_time_since_the_last_question(tmp_path: Path) -> None:
+    before = free_memory.held("cpu")
+    block = bytearray(b"x" * 2**28)
+    del block
+    assert free_memory.held("cpu")["memory/most_held_gib"] > 0.25
+    assert 0 < free_memory.held("cpu")["memory/most_held_gib"] < before["memory/most_held_gib"] + 0.2
+    assert before["memory/free_on_host_gib"] > 0
+    assert free_memory.held("cpu", tmp_path / "no such process")["memory/most_held_gib"] == 0
+
+
 def test_on_a_cpu_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     room = EngineRoom("cpu", weights=2**60)
     room.measure(before=0)

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from small_models import make_model, some_trajectories
 
 from megatron_spice.policy.shelf import Shelf
+from megatron_spice.telemetry.ranks import MEMORY
 
 ON_RANKS = Path(__file__).with_name("memory_on_ranks.py")
 PRECISIONS = ("fp32", "bf16")
@@ -60,6 +61,7 @@ def test_all_of_it_is_gone_while_asleep(results, precision):
             assert asleep == {"weights": 0, "gradients": 0, "state": 0}
             assert metrics["memory/slept_gib"] * GIB == awake["gradients"] + awake["state"]
             assert metrics["memory/slept_weights_gib"] * GIB == awake["weights"]
+            assert {name for name in metrics if name.startswith("memory/")} <= set(MEMORY), "these would be known of the first rank alone"
             assert {"memory/sleep_seconds", "memory/sleep_weights_seconds", "memory/wake_seconds"} <= metrics.keys()
             assert metrics["memory/free_for_policy_gib"] > 0
 

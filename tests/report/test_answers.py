@@ -114,6 +114,10 @@ def test_waiting_for_the_slowest_rank_is_said(tmp_path: Path) -> None:
     ranks = {"ranks__play_mean": lambda _: 5.0, "ranks__play_max": lambda _: 6.0, "ranks__train_mean": lambda _: 4.0, "ranks__train_max": lambda _: 4.05}
     answer = answers.where_time_goes(group_of(made_run(tmp_path / "run", 10, **seconds, **ranks)))
     assert "The slowest rank needs longer for play than the mean of all ranks: 10\u00a0% of an iteration." in answer.details
+    whose = {"ranks__play_max_rank": lambda i: 3.0 if i % 5 else 0.0, "ranks__memory/most_held_gib_mean": lambda _: 1.0, "ranks__memory/most_held_gib_max": lambda _: 99.0}
+    told = answers.where_time_goes(group_of(made_run(tmp_path / "newer", 10, **seconds, **ranks, **whose)))
+    expected = "The slowest rank, which is rank 3 in 80\u00a0% of the iterations, needs longer for play than the mean of all ranks: 10\u00a0% of an iteration."
+    assert expected in told.details
 
 
 def test_seeds_give_the_interval(tmp_path: Path) -> None:

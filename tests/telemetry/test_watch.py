@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_spice.config.errors import ConfigError
+from megatron_spice.telemetry import progress
 from megatron_spice.telemetry.dashboard import BARS, Look, draw, sparkline
 from megatron_spice.telemetry.follow import Follower, last_record
 from megatron_spice.telemetry.json_lines import JsonLines
@@ -80,6 +82,39 @@ def test_a_real_run_on_one_screen() -> None:
     for word in ("pass rate", "tokens/s", "play", "train", "sync", "engines", "passages again"):
         assert word in text
     assert "!" in next(row for row in text.splitlines() if "drift" in row)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_newest_iterations_are_on_the_screen_however_narrow(width: int) -> None:
+    """A pass rate that was 0 and is 1 in the last three iterations: its curve ends with them, in a column of as many iterations as its
+    head says."""
+    records = [{"iteration": number, progress.PASS_RATE: float(number > 497), progress.SPEED: 1.0} for number in range(1, 501)]
+    rows = screen(Look("runs/x", records, 0.0), width).splitlines()
+    assert all(len(row) <= width for row in rows)
+    curve = re.search(f"[{BARS}]+", next(row for row in rows if "pass rate" in row)).group()
+    assert curve.endswith(BARS[0] + BARS[-1] * 3)
+    [said] = [int(found[1]) for row in rows if (found := re.search(r"last (\d+) iterations", row))]
+    assert said == len(curve) > width // 3
+
+
+def test_of_a_short_run_all_is_shown() -> None:
+    text = screen(Look("runs/x", [{"iteration": number, progress.PASS_RATE: number / 3} for number in (1, 2, 3)], 0.0), 80)
+    assert "last 3 iterations" in text and BARS[2] + BARS[5] + BARS[7] in text
+
+
+def test_whose_memory_is_short_and_who_is_slow_is_on_the_screen() -> None:
+    last = {
+        "iteration": 1, "seconds/train": 10.0, "seconds/save": 1.0, "seconds/iteration": 11.0, "memory/most_held_gib": 40.0,
+        "memory/slept_gib": 3.0, "ranks/train_min": 9.0, "ranks/train_max": 12.34, "ranks/train_max_rank": 37.0, "ranks/train_min_rank": 1.0,
+        "ranks/memory/most_held_gib_min": 39.0, "ranks/memory/most_held_gib_min_rank": 8.0, "ranks/memory/most_held_gib_max": 71.5,
+        "ranks/memory/most_held_gib_max_rank": 21.0, "ranks/memory/slept_gib_min": 3.0, "ranks/memory/slept_gib_max": 3.0,
+        "ranks/memory/slept_gib_min_rank": 0.0, "ranks/memory/slept_gib_max_rank": 0.0,
+    }  # fmt: skip
+    rows = screen(Look("runs/x", [last], 0.0), 160).splitlines()
+    train, held, slept = (next(row for row in rows if word in row) for word in ("train", "most held", "slept"))
+    assert "slowest: 12.3 s rank 37" in train
+    assert "40.00 GiB" in held and "least 39.00 rank 8" in held and "most 71.50 rank 21" in held
+    assert "3.00 GiB" in slept and "rank" not in slept.partition("slept")[2], "all the same"
 
 
 def test_hostile_texts_stay_text() -> None:
