@@ -375,6 +375,7 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
     started = _finish(_start(recipe, run, *overrides, "train.iterations=2"))
     resumed = _finish(_start(recipe, run, *overrides, "train.iterations=3", "game.challenger_reward=absolute_zero"))
     assert "resumed from" in resumed and "iteration 2/3" not in resumed
+    assert 'train.iterations: was 2, is 3' in resumed and 'is "absolute_zero"' in resumed and "settings that are not those" not in started
     for output in (started, resumed):
         [line] = [line for line in output.splitlines() if "engine(s), ready after" in line]
         assert "TP=2+SP PP=1 DP=1; fp8; Adam by torch," in line
@@ -389,6 +390,8 @@ def test_all_switches_at_once_and_a_resume(recipe, tmp_path):
         # 16 bits a weight there; here 32 each for its gradient, its master and the master's two moments
         assert line["memory/slept_gib"] > 7 * line["memory/slept_weights_gib"]
         assert line["memory/wake_seconds"] > 0
+        assert {line[f"ranks/memory/slept_weights_gib_{end}_rank"] for end in ("min", "max")} <= {0, 1}
+        assert line["ranks/memory/most_held_gib_max"] >= line["ranks/memory/most_held_gib_min"] > 0.1
         assert min(line[f"memory/free_for_{who}_gib"] for who in ("weights", "kv_cache", "policy")) > 0
         assert line["policy/prefix_saving"] > 1.5, "groups of two share their prompts"
     first, second, third = (line["policy/kl"] for line in metrics)
