@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_spice import doctor, machine, plan
+from megatron_spice.checkpoint import ownership
 from megatron_spice.cluster.children import die_with_parent
 from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.config.checks import check
@@ -168,6 +169,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _launch_env(options: argparse.Namespace) -> int:
     config = _load(options)
     check(config, options.nodes)
+    if (problem := ownership.in_use(config.run.dir)) is not None:
+        raise ConfigError(problem, options.recipe)
     print(plan.launch_environment(config))
     return 0
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_spice import challenger
 from megatron_spice.checkpoint import store as checkpoints
+from megatron_spice.checkpoint.ownership import Ownership
 from megatron_spice.cluster.free_memory import EngineRoom
 from megatron_spice.cluster.interruption import Interruption
 from megatron_spice.cluster.topology import Topology
@@ -125,8 +126,8 @@ def assemble(
     Afterwards the policy is awake and the engines sleep, as between any two iterations.
 
     Raises:
-        ConfigError: the run to be resumed has another corpus or seed than this recipe, this machine cannot run it, or an engine
-            that should run already does not, or has another model.
+        ConfigError: the run's folder is in use, the run to be resumed has another corpus or seed than this recipe, this machine cannot
+            run it, or an engine that should run already does not, or has another model.
     """
     from megatron_spice.checkpoint.checkpointer import Checkpointer, load_tensors
     from megatron_spice.policy.policy import Policy
@@ -134,7 +135,7 @@ def assemble(
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
     tokenizer = TextTokenizer.from_dir(hf_files)
-    checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files)
+    checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, _owned(config.run.dir, topology, stack))
     resume = _agreed(checkpointer.newest())
     state = checkpoints.read_state(resume) if resume else None
     sampler, baselines, carried, done = _passages(config, tokenizer, stack, state)
@@ -179,7 +180,7 @@ def assemble(
     room.measure(before)
     policy.wake()
 
-    log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done)) if topology.is_first else None
+    log = stack.enter_context(RunLog(config.run.dir, config, resumed_from=done, look=checkpointer.look)) if topology.is_first else None
     if topology.is_first:
         with storing(config.run.dir / "recipe.yaml"):
             (config.run.dir / "recipe.yaml").write_text(resolved(config))
@@ -241,9 +242,22 @@ def _say_what_is_new(checkpoint: Path, state: dict[str, Any], config: Config) ->
         print("\n  ".join([f"settings that are not those {checkpoint} was made with:", *changed]), flush=True)
 
 
-def _agreed(resume: Path | None) -> Path | None:
-    """The first rank's word on where to go on: on a shared file system a node may see a folder as it was a while ago."""
-    word = [resume]
+def _owned(run_dir: Path, topology: Topology, stack: ExitStack) -> Ownership | None:
+    """The first rank's hold on the run's folder. All ranks together raise ConfigError where it is in use."""
+    owned, problems = None, []
+    if topology.is_first:
+        try:
+            owned = stack.enter_context(Ownership(run_dir))
+        except ConfigError as error:
+            problems = error.problems
+    if problems := _agreed(problems):
+        raise ConfigError(problems)
+    return owned
+
+
+def _agreed(word_of_the_first: Any) -> Any:
+    """The first rank's word, on where to go on for one: on a shared file system a node may see a folder as it was a while ago."""
+    word = [word_of_the_first]
     dist.broadcast_object_list(word, 0)
     return word[0]
 

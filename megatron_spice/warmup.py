@@ -24,7 +24,7 @@ def warm_up(run: Run, pairs: Pairs) -> None:
     """Takes the steps of `warmup` and saves. A collective of all ranks; the policy is awake."""
     config = run.config.warmup
     run.say(f"warm-up: {config.steps} steps on {len(pairs.places):,} pairs of {config.pairs}")
-    log = JsonLines(run.config.run.dir / LOG_NAME, 0) if run.topology.is_first else None
+    log = JsonLines(run.config.run.dir / LOG_NAME, 0, run.checkpointer.look) if run.topology.is_first else None
     for step in range(config.steps):
         if run.interruption.agreed():
             run.say(f"interrupted ({run.interruption.reason}) in the warm-up, which the same command begins again")

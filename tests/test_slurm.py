@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -27,6 +28,8 @@ from megatron_spice.telemetry import rank_logs
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 5
+KILLED_SEED = int(os.environ.get("SPICE_KILLED_SEED", time.time_ns() % 1000))
+"""Draws the ranks that are killed; printed, so that a failure can be had again."""
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
@@ -119,6 +122,8 @@ SETTINGS = ("policy.tensor_parallel_size=2", "train.iterations=20")
 def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recipe, tmp_path):
     """Two nodes of two ranks, tensor and pipeline parallel, then tensor and data parallel from the same checkpoints. In the first
     job few iterations are due for a checkpoint: most are made because the job was asked to end."""
+    print(f"SPICE_KILLED_SEED={KILLED_SEED}")
+    dice = random.Random(KILLED_SEED)
     run_dir = tmp_path / "run"
     job = Job(slurm, recipe, run_dir, *SETTINGS, "checkpoint.every=6", "cluster.timeout=60")
     job.sleep_until(lambda: len(job.iterations()) >= 2)
@@ -130,7 +135,8 @@ def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recip
     slurm.client("scancel", "--batch", "--signal=USR1", str(job.number))  # as the end of the time limit announces itself
     job.sleep_until(lambda: job.restarts() == 2)
     further(job)
-    signal_rank(job, 2, signal.SIGKILL)
+    victim = dice.randrange(4)
+    signal_rank(job, victim, signal.SIGKILL)
     saved_up_to = checkpoint(run_dir)
     job.sleep_until(lambda: job.restarts() == 3 and job.iterations()[-1] >= saved_up_to + 2)
     slurm.client("scancel", str(job.number))
@@ -140,9 +146,10 @@ def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recip
     log = job.log.read_text()
     assert log.count("interrupted (SIGTERM)") + log.count("interrupted (SIGUSR1)") >= 2, log[-6000:]
     assert "Broken pipe" not in log, "a rank was aborted that had nothing left to do"
-    assert re.search(r"spice.sh: first cause: rank 2 on n2 .* killed by SIGKILL; its log: .*/rank_2.log", log), log[-6000:]
+    first = rf"spice.sh: first cause: rank {victim} on n{1 + victim // 2} .* killed by SIGKILL; its log: .*/rank_{victim}.log"
+    assert re.search(first, log), log[-6000:]
 
-    _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm, recipe, run_dir)
+    _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm, recipe, run_dir, dice.randrange(4))
     assert job.iterations() == list(range(1, 21))
     episodes = [json.loads(line) for line in (run_dir / "episodes.jsonl").read_text().splitlines()]
     sampler = PassageSampler(Corpus(recipe.parent / "corpus", TextTokenizer.from_dir(recipe.parent / "hf")), SEED)
@@ -154,16 +161,18 @@ def test_a_run_that_is_never_left_in_peace_plays_every_passage_once(slurm, recip
     assert min(log.attempts for log in logs) >= 8
 
 
-def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(slurm: Cluster, recipe: Path, run_dir: Path) -> None:
+def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(
+    slurm: Cluster, recipe: Path, run_dir: Path, victim: int
+) -> None:
     job = Job(slurm, recipe, run_dir, *SETTINGS, "policy.pipeline_parallel_size=1", "checkpoint.every=1", "cluster.timeout=40")
     further(job)
-    signal_rank(job, 0, signal.SIGKILL)
+    signal_rank(job, victim, signal.SIGKILL)
     job.sleep_until(lambda: job.restarts() == 1)
     further(job)
     signal_rank(job, 1, signal.SIGSTOP)
     job.sleep_until(lambda: job.restarts() == 2)
     log = job.log.read_text()
-    assert "resumed from" in log and re.search(r"first cause: rank 0 on n1 .* killed by SIGKILL", log), job.story()
+    assert "resumed from" in log and re.search(rf"first cause: rank {victim} on n{1 + victim // 2} .* killed by SIGKILL", log), job.story()
     assert re.search(r"the run hangs: .*rank 1 \(n1\) gives no sign of life: it has been in .*, stopped\)", log), job.story()
     assert re.search(r"spice.sh: first cause: rank \d on n\d .* Hang: the run hangs", log), job.story()
     further(job)

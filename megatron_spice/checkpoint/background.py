@@ -30,6 +30,7 @@ import torch.distributed as dist
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.distcp import Record, file_size, write_file, write_index
 from megatron_spice.checkpoint.hf_files import copy_small_files
+from megatron_spice.checkpoint.ownership import Displaced, Ownership
 from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.config.errors import StorageError
 
@@ -40,7 +41,8 @@ NICENESS = 10
 class Target:
     """What is made of the tensors: a checkpoint of an iteration in a run's `folder`, of which the newest `keep` stay.
 
-    `home` is the identity of the run's own folder: one that is gone is not made anew, elsewhere perhaps.
+    `home` is the identity of the run's own folder: one that is gone is not made anew, elsewhere perhaps. `owner` is the first rank's
+    hold on it, None elsewhere and for a run that is alone.
     """
 
     folder: Path
@@ -48,23 +50,31 @@ class Target:
     state: dict[str, Any]
     keep: int
     hf_files: Path
+    owner: Ownership | None = None
 
     @property
-    def partial(self) -> Path:
-        """Where it lies until it is whole."""
-        return self.folder / f"{store.name_of(self.state['iteration'])}.partial"
+    def final(self) -> Path:
+        """Where it will be."""
+        return self.folder / store.name_of(self.state["iteration"])
 
-    def begin(self, num_bytes: int) -> None:
-        """Makes the folder. Raises OSError without room for `num_bytes`, or without the run's folder."""
+    def begin(self, num_bytes: int) -> Path:
+        """Makes the folder where it lies until it is whole. Raises OSError without room for `num_bytes`, or without the run's folder."""
         if store.identity(self.folder.parent) != self.home:
             raise OSError(f"{self.folder.parent} is not the folder that the run began in: it was moved, removed or unmounted")
-        store.begin(self.folder, self.state["iteration"], num_bytes)
-        copy_small_files(self.hf_files, self.partial / store.HF)
+        attempt = store.ALONE if self.owner is None else self.owner.mine.token
+        partial = store.begin(self.folder, self.state["iteration"], num_bytes, attempt, self._look)
+        copy_small_files(self.hf_files, partial / store.HF)
+        return partial
 
-    def finish(self, records: list[Record], common: dict[str, Any]) -> None:
+    def finish(self, partial: Path, records: list[Record], common: dict[str, Any]) -> None:
         """Makes it whole."""
-        write_index(self.partial / store.WEIGHTS, records, common)
-        store.finish(self.partial, self.state, self.keep)
+        write_index(partial / store.WEIGHTS, records, common)
+        store.finish(partial, self.state, self.keep, self._look)
+
+    def _look(self) -> None:
+        """Raises Displaced if the run has lost its folder."""
+        if self.owner is not None:
+            self.owner.check()
 
 
 @dataclass
@@ -74,17 +84,19 @@ class Ranks:
     group: dist.ProcessGroup | None
     rank: int = field(default_factory=lambda: dist.get_rank())
 
-    def first_does(self, act: Callable[[], None]) -> None:
-        """The first rank acts. Raises OSError on all ranks where it fails."""
-        words: list[str | None] = [None]
+    def first_does(self, act: Callable[[], Any]) -> Any:
+        """The first rank acts, and all have what that returns. Raises OSError on all ranks where it fails, and Displaced."""
+        told: list[Any] = [None, None, False]
         if self.rank == 0:
             try:
-                act()
+                told[0] = act()
             except Exception as error:  # whatever it is, the others wait to hear of it
-                words = [_reason(error)]
-        dist.broadcast_object_list(words, 0, group=self.group)
-        if words[0] is not None:
-            raise OSError(words[0])
+                told = [None, _reason(error), isinstance(error, Displaced)]
+        dist.broadcast_object_list(told, 0, group=self.group)
+        made, reason, is_displaced = told
+        if reason is not None:
+            raise (Displaced if is_displaced else OSError)(reason)
+        return made
 
     def tell_all(self, what: Any) -> list[Any]:
         """What every rank has to say."""
@@ -110,10 +122,10 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     """
     times, used = [time.perf_counter()], time.thread_time()
     sizes = ranks.tell_all(file_size(held))
-    ranks.first_does(lambda: target.begin(sum(sizes)))
+    partial = ranks.first_does(lambda: target.begin(sum(sizes)))
     times.append(time.perf_counter())
     try:
-        mine: list[Record] | str = write_file(target.partial / store.WEIGHTS, ranks.rank, held)
+        mine: list[Record] | str = write_file(partial / store.WEIGHTS, ranks.rank, held)
     except Exception as error:
         mine = _reason(error)
     times.append(time.perf_counter())
@@ -123,9 +135,9 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
         try:
             if reasons := dict.fromkeys(each for each in everyone if isinstance(each, str)):
                 raise OSError(", ".join(reasons))
-            target.finish([record for records in everyone for record in records], held.common)
+            target.finish(partial, [record for records in everyone for record in records], held.common)
         except Exception:
-            store.give_up(target.partial)
+            store.give_up(partial)
             raise
 
     ranks.first_does(finish)
@@ -181,11 +193,13 @@ class BackgroundWrite:
         """The whole checkpoint, after `join`.
 
         Raises:
-            StorageError: it could not be written, on any rank. What was saved before is still there.
+            StorageError: it could not be written, on any rank, or the run has lost its folder. What was saved before is still there.
         """
+        if isinstance(self._error, Displaced):
+            raise self._error
         if self._error is not None:
             raise StorageError(
-                f"{self.target.partial} could not be written: {self._error}; earlier checkpoints are still there. Mend this, then "
+                f"{self.target.final} could not be written: {self._error}; earlier checkpoints are still there. Mend this, then "
                 "start the same command again: it goes on from the newest"
             ) from self._error
-        return self.target.partial.with_suffix("")
+        return self.target.final

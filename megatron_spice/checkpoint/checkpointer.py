@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.background import BackgroundWrite, Ranks, Target
 from megatron_spice.checkpoint.distcp import write_file, write_index
+from megatron_spice.checkpoint.ownership import Ownership
 from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.checkpoint.snapshot import Snapshot
 from megatron_spice.config.errors import storing
@@ -47,10 +48,11 @@ class Trainable(Protocol):
 class Checkpointer:
     """The checkpoints of one run. All ranks call every method together, and make it together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, hf_files: Path) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, hf_files: Path, owner: Ownership | None = None) -> None:
         """
         Args:
             hf_files: folder with the model's config and tokenizer files, copied into every checkpoint.
+            owner: the first rank's hold on `run_dir`; None elsewhere, and where nobody else can be.
         """
         self.folder = store.folder_of(run_dir)
         with storing(run_dir):
@@ -58,6 +60,7 @@ class Checkpointer:
         self._home = store.identity(run_dir)
         self.config = config
         self.hf_files = hf_files
+        self.owner = owner
         self.seconds: dict[str, float] = {}  # of the last save's parts: `snapshot`, and those of `background.write`
         self.num_bytes = 0  # that this rank writes of tensors
         self._snapshot = Snapshot()
@@ -70,6 +73,11 @@ class Checkpointer:
             return None
         whole = store.whole_checkpoints(self.folder)
         return whole[-1] if whole else None
+
+    def look(self) -> None:
+        """Raises Displaced if the run has lost its folder; where `owner` is None, nothing."""
+        if self.owner is not None:
+            self.owner.check()
 
     def is_due(self, iteration: int, last: int) -> bool:
         """Whether iteration `iteration` (from 1) of `last` ends with a save."""
@@ -86,7 +94,7 @@ class Checkpointer:
         began = time.perf_counter()
         held = policy.holdings(with_optimizer=True)
         pieces, is_copied = self._snapshot.take(held.pieces)
-        target = Target(self.folder, self._home, copy.deepcopy(state), self.config.keep, self.hf_files)
+        target = Target(self.folder, self._home, copy.deepcopy(state), self.config.keep, self.hf_files, self.owner)
         self._pending = BackgroundWrite(target, Holdings(pieces, held.objects, held.common), self._ranks, is_copied)
         self.seconds["snapshot"] = time.perf_counter() - began
         self.num_bytes = sum(piece.tensor.nbytes for piece in pieces)

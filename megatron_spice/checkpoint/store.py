@@ -6,15 +6,18 @@
         run_state.json  iteration and corpus cursor; written last inside a `.partial` folder that is then renamed
 
 The rename is what makes a checkpoint: whatever was interrupted before it leaves only a `.partial` folder, which nothing
-loads and the next save removes.
+loads and the next save removes. Each start of a run has `.partial` folders of its own, `iteration_0000010.ATTEMPT.partial`, and one
+that is removed loses its name first, so that two runs in one folder (`ownership.py`) never make one checkpoint together.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ MB = 10**6
 STATE = "run_state.json"
 WEIGHTS = "weights"
 HF = "hf"
+OLD = ".old"
+ALONE = "0"
+"""The name of a start that is the only one."""
 
 
 def name_of(iteration: int) -> str:
@@ -62,17 +68,27 @@ def identity(run_dir: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def begin(folder: Path, iteration: int, num_bytes: int = 0) -> Path:
-    """An empty `.partial` folder to save `num_bytes` into; leftovers of interrupted saves are removed, as far as the file system
-    lets them go: NFS keeps a file that somebody has open. They are in nobody's way, but for those of this iteration.
+def begin(folder: Path, iteration: int, num_bytes: int = 0, attempt: str = ALONE, look: Callable[[], None] = lambda: None) -> Path:
+    """An empty `.partial` folder to save `num_bytes` into, this `attempt`'s own; leftovers of interrupted saves are removed, as far as
+    the file system lets them go: NFS keeps a file that somebody has open. They are in nobody's way.
+
+    Args:
+        look: raises where the run has lost its folder. It is called between finding what is to be removed and removing it: so that
+            is never of a start that took the folder over.
 
     Raises:
         OSError: there is no room for it, or no folder can be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name_of(iteration)}.partial"
-    for leftover in folder.glob("iteration_*.partial"):
-        shutil.rmtree(leftover, ignore_errors=leftover != partial)
+    partial = folder / f"{name_of(iteration)}.{attempt}.partial"
+    leftovers = list(folder.glob("iteration_*.partial"))
+    look()
+    for leftover in leftovers:
+        with suppress(OSError):  # a run that has lost the folder may have made it whole just now
+            if leftover.name.endswith(f"{OLD}.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                _remove(leftover)
     check_room(folder, num_bytes)
     (partial / WEIGHTS).mkdir(parents=True)
     return partial
@@ -91,12 +107,17 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 def give_up(partial: Path) -> None:
     """Removes what there is of a save that failed: on a full file system it is in the way of everything else."""
-    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        _remove(partial)
 
 
-def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
+def finish(partial: Path, state: dict[str, Any], keep: int, look: Callable[[], None] = lambda: None) -> Path:
     """Writes the run state, brings what is not there yet to the disk, renames the folder to its final name, and removes all but
-    the newest `keep`. The files in `weights` are on the disk already."""
+    the newest `keep`. The files in `weights` are on the disk already.
+
+    Args:
+        look: as for `begin`.
+    """
     with open(partial / STATE, "w") as file:
         file.write(json.dumps(state, indent=1))
         file.flush()
@@ -104,31 +125,47 @@ def finish(partial: Path, state: dict[str, Any], keep: int) -> Path:
     for path in (*(partial / HF).rglob("*"), partial / HF, partial / WEIGHTS, partial):
         if path.exists():
             sync_folder(path)  # files are opened and synced in the same way
-    final = partial.with_suffix("")
-    if final.exists():  # the same iteration saved again, after a resume from an earlier one
-        _remove(final)
-    partial.rename(final)
+    final = partial.with_name(partial.name.partition(".")[0])
+    _take_name(partial, final, look)
     sync_folder(final.parent)
     # The save has succeeded: an old checkpoint that cannot be removed is left to the next one.
     others = [path for path in whole_checkpoints(final.parent) if path != final]
+    look()
     for old in others[: max(0, len(others) - (keep - 1))]:
         with suppress(OSError):
             _remove(old)
     return final
 
 
+def _take_name(partial: Path, final: Path, look: Callable[[], None]) -> None:
+    """Gives a folder its final name. One that has it is the same iteration's: of this run before it was resumed from an earlier one,
+    or of a run that was about to lose its folder, and then perhaps only just there."""
+    for is_last in (False, True):
+        is_there = final.exists()
+        look()
+        if is_there:
+            _remove(final)
+        try:
+            partial.rename(final)
+            return
+        except OSError as error:
+            if is_last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
 def _remove(checkpoint: Path) -> None:
-    """Takes the name away first: a removal that is interrupted must not leave half a checkpoint that looks whole. What stays
-    under the other name is a leftover, which `begin` removes.
+    """Takes the name away first: a removal that is interrupted must not leave half a checkpoint that looks whole, and nobody may make
+    one of what is being removed. What stays under the other name is a leftover, which `begin` removes.
 
     Raises:
         OSError: it keeps its name.
     """
-    doomed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    name = checkpoint.name.removesuffix(".partial")
+    doomed = checkpoint.with_name(f"{name}{OLD}.partial")
     number = 1
     while doomed.exists():  # of an earlier removal that did not come to its end
         number += 1
-        doomed = checkpoint.with_name(f"{checkpoint.name}.old{number}.partial")
+        doomed = checkpoint.with_name(f"{name}.{number}{OLD}.partial")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

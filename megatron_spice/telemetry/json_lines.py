@@ -11,16 +11,22 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_spice.config.errors import storing
 
 
 class JsonLines:
-    """Writes `path`, keeping what it has up to iteration `keep_through`."""
+    """Writes `path`, keeping what it has up to iteration `keep_through`.
 
-    def __init__(self, path: Path, keep_through: int):
+    Args:
+        look: called before the file is changed; raises where it is another run's by now.
+    """
+
+    def __init__(self, path: Path, keep_through: int, look: Callable[[], None] = lambda: None):
+        self._look = look
+        look()
         if path.is_file():
             os.truncate(path, _length_through(path, keep_through))
         self._path = path
@@ -34,6 +40,7 @@ class JsonLines:
         """
         text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         with storing(self._path):
+            self._look()
             found, mine = os.stat(self._path), os.fstat(self._file.fileno())
             if (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
                 raise FileNotFoundError(errno.ENOENT, "another file has taken its place")

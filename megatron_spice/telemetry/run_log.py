@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,12 +33,13 @@ class RunLog:
 
     Args:
         resumed_from: iteration of the checkpoint that the run goes on from; 0 is a new run.
+        look: called before a file of JSON lines is changed; raises where the run has lost its folder.
 
     Raises:
         ValueError: W&B or TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, run_dir: Path, config: Config, *, resumed_from: int = 0):
+    def __init__(self, run_dir: Path, config: Config, *, resumed_from: int = 0, look: Callable[[], None] = lambda: None):
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         telemetry = config.telemetry
@@ -47,8 +48,8 @@ class RunLog:
             self._views.append(_TensorBoard(self._run_dir / "tensorboard", resumed_from))
         if telemetry.wandb_project is not None:
             self._views.append(_WandB(self._run_dir, config, resumed_from))
-        self._metrics = JsonLines(self._run_dir / METRICS_NAME, resumed_from)
-        self._episodes = JsonLines(self._run_dir / EPISODES_NAME, resumed_from) if telemetry.episodes else None
+        self._metrics = JsonLines(self._run_dir / METRICS_NAME, resumed_from, look)
+        self._episodes = JsonLines(self._run_dir / EPISODES_NAME, resumed_from, look) if telemetry.episodes else None
 
     def __enter__(self) -> RunLog:
         return self

@@ -17,14 +17,14 @@ from tiny_recipe import tiny_recipe
 PROGRAM = Path(__file__).with_name("storage.py")
 # What is full or gone, and when: what the run says of it. A line of metrics may find room in a page that is there already.
 CASES = {
-    "room": r"iteration_0000003.partial could not be written: [\d.]+ MB are needed and .* has [\d.]+ MB free; make room for [\d.]+ MB",
-    "file": r"iteration_\d+.partial could not be written: .*No space left on device; earlier checkpoints are still there",
-    "index": r"iteration_0000003.partial could not be written: .*No space left on device",
-    "state": r"iteration_0000003.partial could not be written: .*No space left on device",
+    "room": r"iteration_0000003 could not be written: [\d.]+ MB are needed and .* has [\d.]+ MB free; make room for [\d.]+ MB",
+    "file": r"iteration_\d+ could not be written: .*No space left on device; earlier checkpoints are still there",
+    "index": r"iteration_0000003 could not be written: .*No space left on device",
+    "state": r"iteration_0000003 could not be written: .*No space left on device",
     "episodes": r"episodes.jsonl could not be written: No space left on device; make room on its file system",
-    "metrics": r"(metrics.jsonl|iteration_0000003.partial) could not be written: .*make room",
+    "metrics": r"(metrics.jsonl|iteration_0000003) could not be written: .*make room",
     "removed": r"episodes.jsonl could not be written: .*see that its folder is there",
-    "unmounted": r"iteration_0000003.partial could not be written: .*/run is not the folder that the run began in",
+    "unmounted": r"iteration_0000003 could not be written: .*/run is not the folder that the run began in",
 }
 
 
