@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,46 @@ def close_before_writing(hf_files: Path, run_dir: Path) -> tuple[list[float], fl
         found = {"row": torch.zeros(3), "number": torch.zeros(())}
         checkpoint.load(found, checkpoint_id=checkpointer.newest() / "weights")
     return found["row"].tolist(), found["number"].item()
+
+
+def lose_the_folder(hf_files: Path, run_dir: Path, while_writing: bool) -> str:
+    """Another start takes the folder before the second save, or in the middle of it."""
+    from megatron_spice.cluster import distributed, platform
+    from megatron_spice.cluster.topology import from_environment
+    from megatron_spice.config.schema import CheckpointConfig
+
+    platform.prepare("cpu")
+    from megatron_spice.checkpoint import background
+    from megatron_spice.checkpoint.checkpointer import Checkpointer
+    from megatron_spice.checkpoint.ownership import Displaced, Owner, Ownership
+
+    def take() -> None:
+        Ownership(run_dir, replace(Owner.this(), token="newer", attempt="job 41 restart 1"))
+
+    here = from_environment("cpu")
+    with distributed.process_group(here, 60):
+        checkpointer = Checkpointer(run_dir, CheckpointConfig(), hf_files, Ownership(run_dir) if here.is_first else None)
+        few = Few() if here.is_first else Nothing()
+        checkpointer.save(few, {"iteration": 1})
+        if here.is_first and while_writing:
+            index = background.write_index
+            background.write_index = lambda *arguments: (take(), index(*arguments))
+        elif here.is_first:
+            take()
+        try:
+            checkpointer.save(few, {"iteration": 2})
+        except Displaced as error:
+            return str(error)
+    return "it was saved"
+
+
+class Nothing:
+    """A rank that has nothing to save."""
+
+    def holdings(self, with_optimizer: bool) -> Any:
+        from megatron_spice.checkpoint.pieces import Holdings
+
+        return Holdings([], {}, {})
 
 
 @contextmanager

@@ -40,3 +40,10 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all(model, tmp_path):
         assert "iteration_0000002 could not be written" in found and "earlier checkpoints are still there" in found
     assert any("File too large" in found for found in ranks)
     assert [path.name for path in store.whole_checkpoints(store.folder_of(tmp_path / "run"))] == ["iteration_0000001"]
+
+
+@pytest.mark.parametrize("while_writing", [False, True])
+def test_a_run_that_has_lost_its_folder_hears_of_it_on_all_ranks_and_leaves_nothing(model, tmp_path, while_writing):
+    for found in run_ranks(2, ON_RANKS, "lose_the_folder", model, tmp_path / "run", while_writing):
+        assert "run belongs to job 41 restart 1 (process" in found and "has lost it and ends" in found, found
+    assert [path.name for path in store.folder_of(tmp_path / "run").iterdir()] == ["iteration_0000001"]
