@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_spice.config.keys import all_keys
@@ -15,7 +15,8 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Args:
         was, now: whole recipes as they are dumped to JSON. Those of another version may lack settings, or have others.
     """
-    before, after = _settings(was), _settings(now)
+    keys = frozenset(all_keys())
+    before, after = _settings(was, keys), _settings(now, keys)
     names = dict.fromkeys([*after, *before])
     return [_words(name, before, after) for name in names if _value(name, before) != _value(name, after)]
 
@@ -28,13 +29,13 @@ def _value(name: str, settings: Mapping[str, Any]) -> str:
     return json.dumps(settings[name], sort_keys=True) if name in settings else "no setting"
 
 
-def _settings(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _settings(recipe: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key. A setting may itself be a mapping, of labels to numbers; a section never is a setting."""
     found: dict[str, Any] = {}
     for name, value in recipe.items():
         dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping) and dotted not in all_keys():
-            found |= _settings(value, f"{dotted}.")
+        if isinstance(value, Mapping) and dotted not in keys:
+            found |= _settings(value, keys, f"{dotted}.")
         else:
             found[dotted] = value
     return found
