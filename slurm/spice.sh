@@ -78,11 +78,11 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
   nodes="${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}"
 fi
 
-# The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   # What this job has saved itself is gone on from, also where its recipe begins anew.
   set -- "$@" checkpoint.resume=auto
 fi
+# The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too.
 environment="$("$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
 SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND=''
 eval "$environment"

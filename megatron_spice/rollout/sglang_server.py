@@ -8,8 +8,8 @@ The API key comes in the environment, not among the arguments, which every user 
 process for each scheduler (the model) and one for the detokenizer. With an accelerator it spawns them, which imports this module
 again in each, so what has to be true in every process of the server (who it dies with, how OpenMP waits, where the CPU stand-ins
 are) is arranged at import, before torch is. Without one they are forked from the server, which has imported everything and has
-no other thread yet: importing costs each process eight seconds of a core, and half a gigabyte. Nothing else in the package imports `sglang` except `cpu_attention.py`, `cpu_fp8.py` and `cpu_seeds.py`, which
-only load in here.
+no other thread yet: importing costs each process eight seconds of a core, and both half a gigabyte. Nothing else in the package
+imports `sglang` except `cpu_attention.py`, `cpu_fp8.py` and `cpu_seeds.py`, which only load in here.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def fork_workers() -> None:
 
 def _begin_worker() -> None:
     """What a forked process has to undo or repeat; for a spawned one nothing changes."""
-    for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # SGLang has the server end its children with it by now
     if parent := multiprocessing.parent_process():
         die_with_parent(parent.pid)
 
