@@ -26,6 +26,7 @@
 #   `scancel` (SIGTERM)                                    the same, not requeued
 #   another run has taken its run.dir                      not requeued
 #   a rank or a node fails                                 requeued if the run has come further since the job began
+#   killed from outside before it came further             requeued, once at the same checkpoint
 #
 #   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
 #   SPICE_VENV         the environment that install.sh made, when it is not .venv
@@ -130,6 +131,14 @@ has_come_further() {
   newest="$(newest_checkpoint)" && [ "$newest" != "$before" ]
 }
 
+# A launcher ends by a signal only if somebody else sends it (a node's daemon that clears up after another start, an operator): that
+# says nothing of the run, but the second time at one checkpoint it may.
+is_killed_here_first() {
+  local file="$SPICE_RUN_DIR/killed_at" here
+  [ "$status" -gt 128 ] && here="job $SLURM_JOB_ID at $(newest_checkpoint)" && [ "$(timeout 60 cat "$file" 2>/dev/null)" != "$here" ] &&
+    echo "$here" 2>/dev/null >"$file"
+}
+
 # Whether what ends this job is its time limit, and not a user or a preemption (of which Slurm takes care) after the warning.
 is_out_of_time() {
   case "$(timeout 60 scontrol show job "$SLURM_JOB_ID")" in
@@ -207,7 +216,7 @@ if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
 fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
   exit "$status"
-elif [ -n "$limit_is_near" ] || has_come_further; then
+elif [ -n "$limit_is_near" ] || has_come_further || is_killed_here_first; then
   requeue
 fi
 exit "$status"

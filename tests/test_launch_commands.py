@@ -73,6 +73,20 @@ def test_a_file_system_that_has_died_ends_the_job_without_another_start(tmp_path
     assert "gives no answer" in recorder.story("slurm/spice.sh", ["recipe.yaml"], **JOB), "and it is told where it is dead before"
 
 
+def test_a_start_that_is_killed_before_it_came_further_is_requeued_once(tmp_path: Path) -> None:
+    """At each checkpoint; and a run that fails by itself is not."""
+    recorder = Recorder(tmp_path, CPU)
+    mine = {**JOB, "OWNER": "job 41234 restart 0"}
+
+    def is_requeued(**ends: str) -> bool:
+        return "scontrol requeue 41234" in recorder.story("slurm/spice.sh", ["recipe.yaml"], **mine, **ends)
+
+    assert not is_requeued(STATUS="1")
+    assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
+    assert is_requeued(STATUS="137", CHECKPOINT="iteration_0000001"), "it has come further"
+    assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
+
+
 def test_every_snapshot_belongs_to_a_case() -> None:
     ours = {path.stem for path in SNAPSHOTS.glob("*.txt") if path.stem.startswith(("spice-", "preprocess-"))}
     assert ours == set(CASES)

@@ -75,7 +75,8 @@ class Job:
         return int(self.slurm.job(self.number)["Restarts"])
 
     def story(self) -> str:
-        return f"{self.slurm.job(self.number)}\n{self.log.read_text()[-6000:] if self.log.is_file() else 'no log'}"
+        log = self.log.read_text()[-4000:] if self.log.is_file() else "no log"
+        return "\n".join([log, *self.slurm.ends_of_logs(1000), str(self.slurm.job(self.number))])
 
 
 def ranks(run_dir: Path) -> list[psutil.Process]:
@@ -180,6 +181,21 @@ def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(
     job.sleep_until(lambda: job.restarts() == 3)
     slurm.start_node("n2")
     job.end("COMPLETED")
+
+
+def test_a_node_whose_daemon_alone_is_killed(slurm, recipe, tmp_path):
+    """Its ranks live on and nobody can end them. Slurm gives the node up and requeues the job, which goes on when the node is back."""
+    job = Job(slurm, recipe, tmp_path / "run", *SETTINGS[:1], "train.iterations=1000", "checkpoint.every=1", "cluster.timeout=60")
+    further(job)
+    slurm.kill("slurmd-n2")
+    job.sleep_until(lambda: job.restarts() == 1)
+    slurm.start_node("n2")
+    further(job)
+    further(job)
+    slurm.client("scancel", str(job.number))
+    job.end("CANCELLED")
+    assert job.iterations() == list(range(1, job.iterations()[-1] + 1))
+    assert not ranks(job.run_dir), "something outlived the job"
 
 
 def further(job: Job) -> None:

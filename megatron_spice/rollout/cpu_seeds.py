@@ -35,6 +35,7 @@ def register() -> None:
 
     target = "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
     HookRegistry.register(target, lambda runner: None, HookType.REPLACE)
+    HookRegistry.apply_hooks()  # a forked scheduler finds that SGLang has applied its hooks, in the server
     OPERATORS.define(f"{HASH}(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
     OPERATORS.impl(HASH, murmur_hash32, "CPU")
 

@@ -124,7 +124,7 @@ def test_fused_parts_are_apexs_then_transformer_engines_then_torchs(told, stand_
     only on a GPU, without Transformer Engine's layers, and by a kernel that Apex's Adam can do without."""
     found = told["fused_choices"]
     if engine:
-        [found] = run_ranks(1, ON_RANKS, "fused_choices_with_engine", stand_ins)
+        [found] = run_ranks(1, ON_RANKS, "fused_choices_with_engine", stand_ins, fresh=True)
     without = "transformer_engine" if engine else "torch"
     assert {name: choice["adam"] for name, choice in found.items()} == {
         "nothing more": without, "PyPI's apex": without, "an Apex without kernels": without, "Apex": "apex",

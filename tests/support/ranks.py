@@ -2,7 +2,7 @@
 
 Where there is no GPU a rank is a copy of a process that has imported torch and Megatron already (multiprocessing's forkserver):
 importing them takes a rank five seconds of a core, most of what a short test of four ranks would take. CUDA does not survive
-a fork, so with GPUs each rank begins from nothing.
+a fork, so with GPUs each rank begins from nothing; and so it does on request, where the importing is what is tested.
 """
 
 from __future__ import annotations
@@ -52,23 +52,28 @@ class _Copy:
         self.poll, self.kill, self.wait = lambda: self._process.exitcode, self._process.kill, self._process.join
 
 
-def run_ranks(world_size: int, file: str | Path, function: str, *arguments: Any, timeout: float = 240) -> list[Any]:
-    """Calls `function(*arguments)` of a Python file on `world_size` ranks, with torchrun's variables set.
+def run_ranks(
+    world_size: int, file: str | Path, function: str, *arguments: Any, timeout: float = 240, fresh: bool = not FORKS
+) -> list[Any]:
+    """Calls `function(*arguments)` of a Python file on `world_size` ranks, with torchrun's variables set. Fresh ones have
+    imported nothing.
 
     Raises:
         AssertionError: a rank failed; with its output.
         TimeoutError: they take longer than `timeout` seconds.
     """
     try:
-        return _run_ranks(world_size, file, function, arguments, timeout)
+        return _run_ranks(world_size, file, function, arguments, timeout, fresh)
     except AssertionError as error:
         # A free port is found before the ranks are there to take it; somebody else may have been quicker.
         if "EADDRINUSE" not in str(error):
             raise
-    return _run_ranks(world_size, file, function, arguments, timeout)
+    return _run_ranks(world_size, file, function, arguments, timeout, fresh)
 
 
-def _run_ranks(world_size: int, file: str | Path, function: str, arguments: tuple[Any, ...], timeout: float) -> list[Any]:
+def _run_ranks(
+    world_size: int, file: str | Path, function: str, arguments: tuple[Any, ...], timeout: float, fresh: bool
+) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +88,7 @@ def _run_ranks(world_size: int, file: str | Path, function: str, arguments: tupl
                 "PYTHONPATH": os.pathsep.join([PATHS, os.environ.get("PYTHONPATH", "")]),
             }  # fmt: skip
             log = Path(folder) / f"log{rank}"
-            processes.append((_Copy if FORKS else _fresh)(environment, str(log), str(request), folder))
+            processes.append((_fresh if fresh else _Copy)(environment, str(log), str(request), folder))
         try:
             codes = _wait(processes, timeout)
         finally:

@@ -71,6 +71,10 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def ends_of_logs(self, characters: int) -> list[str]:
+        """The end of each daemon's log, with its name."""
+        return [f"{path.name}: {path.read_text(errors='replace')[-characters:]}" for path in sorted(self.folder.glob("*.log"))]
+
     def start_node(self, name: str) -> None:
         """Starts a node's slurmd."""
         self._start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
@@ -158,8 +162,7 @@ def _until(condition, made: Cluster, what: str, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            ends = {path.name: path.read_text(errors="replace")[-1500:] for path in made.folder.glob("*.log")}
-            raise TimeoutError(f"no {what} after {seconds:.0f} s; logs: {ends}")
+            raise TimeoutError(f"no {what} after {seconds:.0f} s; logs: {made.ends_of_logs(1500)}")
         time.sleep(0.1)
 
 
