@@ -4,10 +4,11 @@ Each port speaks the verbs that `EngineClient` uses of an SGLang server. A gener
 longest sample takes at `seconds_per_token`; all of a server's requests decode side by side, as in a batch that is not full.
 Lengths have a long tail (log-normal, cut at the request's limit). Those of a request are spread evenly over it, in an order drawn
 from a hash of the prompt: every request takes as long as every other, as weak scaling supposes. With `tails` they are drawn from
-it, and the more requests there are the longer the longest takes. A rerun draws the same. The ids are random, the text is a short task or answer, as the stop strings tell which role asks. Weights are accepted
-and thrown away after a wait.
+it, and the more requests there are the longer the longest takes. A rerun draws the same. The ids are random, the text is a short
+task or answer, as the stop strings tell which role asks. Weights are accepted and thrown away after a wait.
 
-One process serves all ports of a benchmark: a single event loop is enough, since it has nothing to compute.
+One process serves all ports of a benchmark: a single event loop is enough, since it has next to nothing to compute. What it does
+compute it does within the waits, which begin when a request arrives.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ TASKS = (" What is it?\nAnswer: Accra", " Which river is it?\nAnswer: Volta", " 
 UNREADABLE = " It is not known"
 ANSWERS = (" Accra", " Volta", " gold")
 CHALLENGER_STOP = "\n\n"
+BANK = 4096
+"""Sampled tokens that are drawn, and put into JSON, once for all ports; a sample is a stretch of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,10 @@ def serve(sockets: Sequence[socket.socket], pace: Pace) -> None:
 async def _serve(sockets: Sequence[socket.socket], pace: Pace) -> None:
     from aiohttp import web
 
+    rng = random.Random(pace.seed)
+    bank = [f"[{-4.0 * rng.random():.4f},{rng.randrange(pace.vocabulary)},null]" for _ in range(BANK)]
     for each in sockets:
-        runner = web.AppRunner(_Server(pace).application(), access_log=None)
+        runner = web.AppRunner(_Server(pace, bank).application(), access_log=None)
         await runner.setup()
         await web.SockSite(runner, each, backlog=1024).start()
     await asyncio.Event().wait()
@@ -84,8 +89,9 @@ async def _serve(sockets: Sequence[socket.socket], pace: Pace) -> None:
 class _Server:
     """One port."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, bank: Sequence[str]) -> None:
         self._pace = pace
+        self._bank = bank
         self._version = "default"
 
     def application(self) -> Any:
@@ -109,8 +115,9 @@ class _Server:
         from aiohttp import web
 
         async def handler(request: Any) -> Any:
+            end = asyncio.get_running_loop().time() + seconds
             await request.read()
-            await asyncio.sleep(seconds)
+            await _sleep_until(end)
             return web.json_response({"success": True})
 
         return handler
@@ -129,20 +136,25 @@ class _Server:
     async def _generate(self, request: Any) -> Any:
         from aiohttp import web
 
+        began = asyncio.get_running_loop().time()
         body = json.loads(await request.read())
         asked, pace = body["sampling_params"], self._pace
         limit, challenger = asked["max_new_tokens"], CHALLENGER_STOP in asked["stop"]
         found, rng = lengths(pace, body["input_ids"], asked["n"], limit, challenger)
-        outputs = [self._output(length, length >= limit, challenger, rng) for length in found]
-        await asyncio.sleep(request_seconds(pace, max(found)))
-        return web.json_response(outputs)
+        text = f"[{','.join(self._output(length, length >= limit, challenger, rng) for length in found)}]"
+        await _sleep_until(began + request_seconds(pace, max(found)))
+        return web.json_response(text=text)
 
-    def _output(self, length: int, is_cut: bool, challenger: bool, rng: random.Random) -> dict[str, Any]:
+    def _output(self, length: int, is_cut: bool, challenger: bool, rng: random.Random) -> str:
         text = rng.choice((*TASKS, UNREADABLE) if challenger else ANSWERS)
-        sampled = [[round(-4.0 * rng.random(), 4), rng.randrange(self._pace.vocabulary), None] for _ in range(length)]
-        finish = {"type": "length"} if is_cut else {"type": "stop"}
-        about = {"output_token_logprobs": sampled, "finish_reason": finish, "weight_version": self._version}
-        return {"text": text, "meta_info": about}
+        first = rng.randrange(BANK - length)
+        sampled = ",".join(self._bank[first : first + length])
+        about = json.dumps({"finish_reason": {"type": "length" if is_cut else "stop"}, "weight_version": self._version})
+        return f'{{"text":{json.dumps(text)},"meta_info":{{"output_token_logprobs":[{sampled}],{about[1:]}}}'
+
+
+async def _sleep_until(moment: float) -> None:
+    await asyncio.sleep(max(0.0, moment - asyncio.get_running_loop().time()))
 
 
 class SimulatedEngine(EngineClient):
