@@ -68,7 +68,8 @@ def test_a_wrong_recipe_is_refused_before_torch_is_imported():
 def test_settings_may_stand_before_and_behind_options(arguments):
     done = run("plan", *arguments)
     assert f"sbatch --nodes=3 slurm/spice.sh {QUICKSTART} train.iterations=3 train.passages=6\n" in done.stdout, done.stderr
-    assert run("launch-env", *arguments).stderr.count("problem") == 1 and "unrecognized" not in done.stderr
+    refused = run("launch-env", *arguments, "corpus.path=missing").stderr
+    assert refused.count("problem") == 1 and "unrecognized" not in refused
 
 
 def test_an_option_that_there_is_not_is_refused():
