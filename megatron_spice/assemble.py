@@ -126,15 +126,15 @@ def assemble(
     Afterwards the policy is awake and the engines sleep, as between any two iterations.
 
     Raises:
-        ConfigError: the run's folder is in use, the run to be resumed has another corpus or seed than this recipe, this machine cannot
-            run it, or an engine that should run already does not, or has another model.
+        ConfigError: the run's folder is in use, the run to be resumed has another corpus or seed than this recipe, the model cannot be
+            asked as it says, this machine cannot run it, or an engine that should run already does not, or has another model.
     """
     from megatron_spice.checkpoint.checkpointer import Checkpointer, load_tensors
     from megatron_spice.policy.policy import Policy
 
     started = time.perf_counter()
     hf_files = hugging_face_folder(config.policy.model)
-    tokenizer = TextTokenizer.from_dir(hf_files)
+    tokenizer, reasoner = _spoken_to(config, hf_files)
     checkpointer = Checkpointer(config.run.dir, config.checkpoint, hf_files, _owned(config.run.dir, topology, stack))
     resume = _agreed(checkpointer.newest())
     state = checkpoints.read_state(resume) if resume else None
@@ -146,7 +146,7 @@ def assemble(
             _say_what_is_new(resume, state, config)
 
     pairs = Pairs.open(config, tokenizer) if config.warmup.pairs is not None and not resume else None
-    pool = _make_pool(config, topology, store, tokenizer, hf_files, done, interruption, make_engine)
+    pool = _make_pool(config, topology, store, tokenizer, reasoner, hf_files, done, interruption, make_engine)
     stack.callback(pool.close)
     if topology.device == "cpu":
         # Engines come up in processes of their own while this one builds the policy. On an accelerator they would count
@@ -212,6 +212,19 @@ def watched(config: Config, topology: Topology, store: dist.Store) -> Watchdog:
     )  # fmt: skip
 
 
+def _spoken_to(config: Config, hf_files: Path) -> tuple[TextTokenizer, Wording]:
+    """The policy's tokenizer, and how it is asked.
+
+    Raises:
+        ConfigError: the tokenizer cannot be used, or its chat template, which `config/chat_templates.py` only looks for.
+    """
+    try:
+        tokenizer = TextTokenizer.from_dir(hf_files)
+        return tokenizer, Wording.of(config.game.prompt_style, tokenizer)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"policy.model={config.policy.model}: {error}") from error
+
+
 def _passages(
     config: Config, tokenizer: TextTokenizer, stack: ExitStack, state: dict[str, Any] | None
 ) -> tuple[PassageSampler | DaliSampler, RoleBaselines | None, list[Game], int]:
@@ -273,7 +286,7 @@ def _make_sampler(config: Config, corpus: Corpus, stack: ExitStack) -> PassageSa
 
 
 def _make_pool(
-    config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, hf_files: Path, done: int,
+    config: Config, topology: Topology, store: dist.Store, tokenizer: TextTokenizer, reasoner: Wording, hf_files: Path, done: int,
     interruption: Interruption, make_engine: Callable[..., Engine],
 ) -> RolloutPool:
     """The pool with this rank's engine, if it hosts one."""
@@ -293,7 +306,7 @@ def _make_pool(
     asked = challenger.wording(config, tokenizer)
     context = rollout.context_length or read_architecture(config.policy.model).max_position_embeddings
     if asked is None:  # servers of another model are asked for theirs
-        challenger.check_context(config, Wording.of(config.game.prompt_style, tokenizer), context)
+        challenger.check_context(config, reasoner, context)
     if config.game.fixed_challenger:
         moved = config.model_copy(update={"rollout": rollout})
         beside = challenger.engines_beside(moved, topology, numbers, tokenizer)

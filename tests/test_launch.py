@@ -64,7 +64,7 @@ def house(tmp_path: Path) -> Path:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "manifest.json").write_text('{"tokenizer": {"vocab_size": 9}, "options": {"max_tokens": 9}}')
     recipe = {"run": {"dir": "run"}, "corpus": {"path": "corpus"}, "policy": {"model": "model"}}
-    recipe["cluster"] = {"ranks_per_node": 2, "device": "cpu"}
+    recipe |= {"cluster": {"ranks_per_node": 2, "device": "cpu"}, "game": {"prompt_style": "few_shot"}}
     (tmp_path / RECIPE).write_text(yaml.safe_dump(recipe))
     return tmp_path
 

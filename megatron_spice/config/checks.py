@@ -10,6 +10,7 @@ import json
 import shlex
 from urllib.parse import urlsplit
 
+from megatron_spice.config.chat_templates import chat_problems
 from megatron_spice.config.engine_weights import engine_weights_problems
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
@@ -34,7 +35,7 @@ def check(config: Config, num_nodes: int = 1, device: str | None = None) -> Mode
         ConfigError: it cannot run; the message holds everything that is in the way.
     """
     problems = check_paths(config) + check_layout(config, num_nodes) + check_game(config) + check_offload(config)
-    problems += check_remote_engines(config) + check_challenger(config)
+    problems += check_remote_engines(config) + check_challenger(config) + chat_problems(config)
     problems += server_key_problems(config.rollout, device or config.cluster.device)
     architecture = None
     try:

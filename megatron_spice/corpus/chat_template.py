@@ -14,6 +14,8 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_spice.config.chat_templates import template_source
+
 _PLACEHOLDER = "\N{WHITE SMILING FACE}user-message-goes-here\N{WHITE SMILING FACE}"
 
 
@@ -36,10 +38,7 @@ class ChatTemplate:
     @classmethod
     def from_dir(cls, folder: Path, tokenizer_config: dict) -> ChatTemplate | None:
         """The template of a Hugging Face folder (chat_template.jinja, else tokenizer_config.json), None without one."""
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        source = template_source(folder, tokenizer_config)
         if source is None:
             return None
         names = ("bos_token", "eos_token", "pad_token", "unk_token")

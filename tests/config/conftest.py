@@ -39,6 +39,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         model.mkdir(exist_ok=True)
         corpus.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(SMOLLM2))
+        (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
         manifest = {"tokenizer": {"vocab_size": 49152}, "options": {"max_tokens": 160}}
         (corpus / "manifest.json").write_text(json.dumps(manifest))
         tree = {

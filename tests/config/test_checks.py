@@ -119,6 +119,53 @@ def test_a_corpus_of_another_format_is_noticed(write_recipe, tmp_path):
     assert CORPUS_FORMAT == FORMAT
 
 
+@pytest.mark.parametrize(("files", "overrides", "has_one"), [
+    ({}, [], False),
+    ({"chat_template.jinja": "{{ messages }}"}, [], True),
+    ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, [], True),
+    ({"tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "{{ tools }}"}]}'}, [], False),
+    ({"tokenizer_config.json": '{"chat_template": null}'}, [], False),
+    ({}, ["game.prompt_style=few_shot"], True),
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["model", "model/hf"])
+def test_a_model_that_is_asked_by_chat_needs_a_template(write_recipe, tmp_path, place, files, overrides, has_one):
+    """Base models have none, and every rank of a run would find that out for itself."""
+    recipe = write_recipe()
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").rename(tmp_path / place / "config.json")
+    for name, text in files.items():
+        (tmp_path / place / name).write_text(text)
+    found = problems(recipe, *overrides)
+    assert not found if has_one else len(found) == 1 and f"policy.model={tmp_path / 'model'} has no chat template" in found[0], found
+    if not has_one:
+        assert str(tmp_path / place) in found[0] and "game.prompt_style=few_shot" in found[0]
+
+
+def test_a_chat_template_that_cannot_be_read_is_noticed(write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{")
+    [problem] = problems(recipe)
+    assert "policy.model=" in problem and "cannot be read (JSONDecodeError" in problem
+
+
+def test_servers_that_write_the_tasks_by_chat_need_a_template_too(write_recipe, tmp_path):
+    """Theirs, or the policy's where it is lent to them."""
+    served = {"engines": ["http://gpu9:30000"], "prompt_style": "chat"}
+    recipe = write_recipe(game={"prompt_style": "few_shot", "fixed_challenger": True}, rollout={"challenger": served})
+    assert problems(recipe) == []
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    [problem] = problems(recipe)
+    assert problem.startswith(f"policy.model={tmp_path / 'model'}") and "rollout.challenger.prompt_style=few_shot" in problem
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokenizer.json").touch()
+    given = f"rollout.challenger.tokenizer={tmp_path / 'theirs'}"
+    [problem] = problems(recipe, given)
+    assert problem.startswith(f"{given} has no chat template")
+    (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
+    assert problems(recipe, given) == []
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_dali_must_be_there_where_it_is_asked_for(write_recipe, monkeypatch, there):
     monkeypatch.setattr("megatron_spice.config.checks._is_installed", lambda module: there)

@@ -1,4 +1,5 @@
-"""config.json of published models, as far as shapes go, so that recipes for them can be planned without their weights."""
+"""config.json of published models, as far as shapes go, and a chat template, so that recipes for them can be planned without their
+weights."""
 
 from __future__ import annotations
 
@@ -41,9 +42,10 @@ SHAPES = {
 
 
 def add_model(folder: Path, name: str) -> Path:
-    """A model folder with that model's config.json."""
+    """A model folder with that model's config.json and some chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[name]))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return folder
 
 
