@@ -231,6 +231,11 @@ def check_game(config: Config) -> list[str]:
             f"train.optimizer_steps={train.optimizer_steps} is more than the {groups} groups that an iteration can have "
             f"(train.passages={train.passages} for each role trained), and a step takes whole groups; lower it"
         )
+    if config.policy.dual_clip is not None and train.optimizer_steps == 1:
+        problems.append(
+            f"policy.dual_clip={config.policy.dual_clip:g} bounds a ratio that is always 1 with train.optimizer_steps=1, so it does nothing; "
+            "give train.optimizer_steps=2 or more, or leave policy.dual_clip out"
+        )
     return problems
 
 

@@ -215,7 +215,9 @@ class PolicyConfig(Room):
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     clip_ratio: PositiveFloat = Field(0.2, description="PPO clip of the ratio, used only with more than one optimiser step.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="Bounds the loss of a negative advantage at this multiple of it; None: off."
+        None,
+        description="Bounds the loss of a negative advantage at this multiple of it, used only with more than one optimiser step; "
+        "None: off.",
     )
     entropy_bonus: float = Field(
         0.0, ge=0, description="So much of every token's entropy is added to its share of the objective; 0: off."

@@ -79,6 +79,7 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
         (["game.attempts=4"], ["game.attempts=4", "game.group_size=8"]),
         (["game.group_size=1"], ["game.group_size=1"]),
         (["train.optimizer_steps=4096"], ["train.optimizer_steps=4096", "256 groups"]),
+        (["policy.dual_clip=3"], ["policy.dual_clip=3 ", "train.optimizer_steps=1", "2 or more"]),
         (["rollout.context_length=9000"], ["rollout.context_length=9000", "max_position_embeddings=8192"]),
         (["game.reasoner_max_tokens=8192"], ["game.reasoner_max_tokens=8192", "context of 8192"]),
         (
