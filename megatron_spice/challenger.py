@@ -1,4 +1,5 @@
-"""Who writes the tasks when the policy does not: the model that training began with, or servers with another one.
+"""Who writes the tasks when the policy does not: the model that training began with, or servers with another one. And whether the
+Challenger's longest request fits, whoever it is.
 
 The paper's *Fixed Challenger* keeps the initial weights throughout, so leaving its trajectories out of the update is not enough:
 the shared weights move with the Reasoner. Each of the run's engines therefore gets a second one beside it. On a CPU that is one
@@ -18,6 +19,7 @@ from megatron_spice.checkpoint import store
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.checks import NO_SECOND_ENGINE
 from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.hf import read_architecture
 from megatron_spice.config.schema import Config, GameConfig
 from megatron_spice.corpus.manifest import Manifest
 from megatron_spice.corpus.tokenizer import TextTokenizer
@@ -29,6 +31,9 @@ from megatron_spice.rollout.supervisor import SglangEngine
 
 INITIAL = "initial_model"
 """Folder of a run: the Hugging Face form of the weights that it began with."""
+BESIDE_SEED = 15485863
+"""Between the seeds of an engine and of the one beside it, which has the same weights at first and must not draw the same. (A prime,
+and not one of those between the seeds of runs and of attempts in `assemble.py`.)"""
 
 
 def wording(config: Config, tokenizer: TextTokenizer) -> Wording | None:
@@ -63,11 +68,14 @@ def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], t
         return _colocated(config, topology, numbers, _initial_model(config, topology))
     told = config.rollout.challenger.tokenizer
     vocabulary = (TextTokenizer.from_dir(told) if told else tokenizer).vocab_size
+    like_policy = None if told else read_architecture(config.policy.model).vocab_size
     asked = wording(config, tokenizer)
     assert asked is not None
     context = context_needed(config.game, asked, 0 if config.game.no_corpus else longest_passage(config.corpus.path))
     key = os.environ.get(KEY_VARIABLE, "")
-    found = [ServedModel(urls[number % len(urls)], config.rollout, key, vocabulary, context) for number in numbers]
+    found = [
+        ServedModel(urls[number % len(urls)], config.rollout, key, vocabulary, context, like_policy=like_policy) for number in numbers
+    ]
     problems: list[str] = []
     for engine in found:
         try:
@@ -113,7 +121,7 @@ def longest_passage(corpus: Path) -> int:
 def _colocated(config: Config, topology: Topology, numbers: Sequence[int], model: Path) -> list[Engine]:
     made: list[Engine] = []
     for number in numbers:
-        rollout = config.rollout.model_copy(update={"seed": (config.rollout.seed + 15485863) % 2**31})
+        rollout = config.rollout.model_copy(update={"seed": (config.rollout.seed + BESIDE_SEED) % 2**31})
         log_path = config.run.dir / "logs" / f"engine_challenger_{number}.log"
         made.append(SglangEngine(rollout, topology, config.policy.precision, model, log_path, load_format="auto"))
     return made

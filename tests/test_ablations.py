@@ -8,6 +8,7 @@ fixed Challenger starts its own. What makes an ablation one is then looked for i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,12 @@ def test_a_recipe_is_the_quickstart_but_for_what_it_says(name, tiny):
             else:
                 assert found[room][key] == (quickstart[room][key] if told is None else told)
     paths = [f"policy.model={tiny / 'hf'}", f"corpus.path={tiny / 'corpus'}"]
+    if name == "strong-challenger":
+        given = load_config(RECIPES[name], paths).rollout.challenger.tokenizer
+        assert f"tokenizer={given} holds no tokenizer.json" in "".join(plan.describe(load_config(RECIPES[name], paths), 1)[1])
+        theirs = shutil.copytree(tiny / "hf", tiny / "theirs")
+        (theirs / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+        paths.append(f"rollout.challenger.tokenizer={theirs}")
     text, problems = plan.describe(load_config(RECIPES[name], [*paths, f"run.dir={tiny / 'planned'}"]), 1)
     assert not problems and ("2 engine(s)" in text) == (name == "fixed-challenger")
     assert ("tasks are written by" in text) == ("challenger" in name)
@@ -125,8 +132,11 @@ def played(tiny, servers) -> Played:
     asked["fixed-challenger"][1]["policy.model"] = tiny / "megatron"  # whose initial weights have to be written out first
     asked["mcq-only"][1].pop("game.answer_types")
     asked["strong-challenger"][1].update(
-        {"rollout.challenger.engines": f"[{servers[1]}]", "rollout.challenger.prompt_style": "few_shot"}
-    )
+        {
+            "rollout.challenger.engines": f"[{servers[1]}]", "rollout.challenger.prompt_style": "few_shot",
+            "rollout.challenger.tokenizer": "null",  # the server's vocabulary is the policy's
+        }
+    )  # fmt: skip
     taught = small | {
         "run.dir": tiny / "runs" / "warmup", "warmup.pairs": tiny / "pairs.parquet", "warmup.steps": 3, "warmup.batch": 4,
         "warmup.learning_rate": 1e-3, "policy.learning_rate": 1e-4, "audit.grounded_answers": 2,

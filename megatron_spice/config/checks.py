@@ -259,9 +259,11 @@ def _check_context(config: Config, architecture: ModelArchitecture) -> list[str]
             f"rollout.context_length={limit} is more than the model's max_position_embeddings={longest}; lower it"
         )
     context = limit or longest
-    roles = ["challenger_max_tokens", "reasoner_max_tokens"]
-    if config.game.format_selection == "model" and config.game.prompt_style == "chat":
-        roles.append("selection_max_tokens")
+    roles = ["reasoner_max_tokens"]
+    if not config.rollout.challenger.engines:  # whose own context counts
+        roles.insert(0, "challenger_max_tokens")
+        if config.game.format_selection == "model" and config.game.prompt_style == "chat":
+            roles.append("selection_max_tokens")
     for name in roles:
         tokens = getattr(config.game, name)
         if tokens >= context:
@@ -304,7 +306,8 @@ def check_corpus(config: Config, architecture: ModelArchitecture) -> list[str]:
                 f"corpus.weights names source {label}, of which corpus.path={config.corpus.path} has no passage; it has {there}"
             )
     context = config.rollout.context_length or architecture.max_position_embeddings
-    if not config.game.no_corpus and longest + config.game.challenger_max_tokens >= context:
+    reads = not config.game.no_corpus and not config.rollout.challenger.engines  # servers have a context of their own
+    if reads and longest + config.game.challenger_max_tokens >= context:
         problems.append(
             f"passages of up to {longest} tokens (corpus.path={config.corpus.path}) and game.challenger_max_tokens="
             f"{config.game.challenger_max_tokens} do not fit a context of {context}; raise rollout.context_length (the model "

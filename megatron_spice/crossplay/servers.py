@@ -61,7 +61,7 @@ def _tokenizer(client: RemoteClient, url: str, given: str, its_own: str, config:
         return Path(given or its_own)
     # What a server refuses is beyond its model's vocabulary, which may be larger than the tokenizer's.
     size = read_architecture(config.policy.model).vocab_size
-    if client.has_token(size) or not client.has_token(size - 1):
+    if not client.has_vocabulary(size):
         raise ValueError(
             f"{url}: its tokenizer ({its_own or 'of unknown name'}) is not on this machine, and that of policy.model={config.policy.model} "
             f"cannot be its: it has {size} ids, the server's vocabulary another number; give its model's with --tokenizer"

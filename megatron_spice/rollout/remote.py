@@ -147,7 +147,7 @@ class RemoteEngine:
         expected, wrong = self._expected, list(found.obstacles)
         if found.family != expected.family:
             wrong.append(f"its model_type is {found.family}, policy.model's is {expected.family}")
-        elif self._client.has_token(expected.vocab_size) or not self._client.has_token(expected.vocab_size - 1):
+        elif not self._client.has_vocabulary(expected.vocab_size):
             wrong.append(f"its vocabulary is not policy.model's, of {expected.vocab_size}")
         if self._config.deterministic and not found.samples_by_seeds:
             wrong.append("rollout.deterministic=true needs it to be started with --enable-deterministic-inference")

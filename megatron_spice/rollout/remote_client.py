@@ -72,6 +72,10 @@ class RemoteClient(EngineClient):
             return False
         return True
 
+    def has_vocabulary(self, size: int) -> bool:
+        """Whether the server's vocabulary has ids up to `size` - 1 and no others."""
+        return self.has_token(size - 1) and not self.has_token(size)
+
     def is_alive(self, timeout: float) -> bool:
         """Whether its scheduler answers within `timeout` seconds; one that works answers between two steps."""
         try:

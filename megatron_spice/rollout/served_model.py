@@ -2,7 +2,8 @@
 
 Like `RemoteEngine` it is somebody else's to start, restart and end. Unlike it, it may serve several ranks and others besides,
 so it is never asked to be idle, and it need not have the policy's model, only know the ids of the tokenizer that prompts for it
-are written with.
+are written with. Another model's ids are other words to it, and it answers them all the same: where no tokenizer was given for
+it, its vocabulary must have the size of the policy's.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ class ServedModel(RemoteEngine):
         vocab_size: of the tokenizer.
         context: tokens of prompt and completion that it must have room for.
         named, tokenizer_in: what it is called in error messages, and where its tokenizer is given.
+        like_policy: ids of `policy.model`'s vocabulary, where its tokenizer is used because none was given; None: one was.
     """
 
     def __init__(
         self, url: str, config: RolloutConfig, api_key: str, vocab_size: int, context: int, *,
-        named: str = "rollout.challenger.engines", tokenizer_in: str = "rollout.challenger.tokenizer",
+        named: str = "rollout.challenger.engines", tokenizer_in: str = "rollout.challenger.tokenizer", like_policy: int | None = None,
     ) -> None:  # fmt: skip
         self._named = named
         self._tokenizer_in = tokenizer_in
+        self._like_policy = like_policy
         alone = config.model_copy(update={"router": None})
         super().__init__(url, alone, api_key, Expected("", vocab_size, context), Sender("cpu"))
 
@@ -58,7 +61,12 @@ class ServedModel(RemoteEngine):
             hint = f"is it SGLang, and is its key in the environment variable {KEY_VARIABLE}?"
             raise EngineError(f"engine {self.url}: {hint}\n{error}") from error
         wrong = []
-        if not self._client.has_token(self._expected.vocab_size - 1):
+        if self._like_policy is not None and not self._client.has_vocabulary(self._like_policy):
+            wrong.append(
+                f"it would be asked with the tokenizer of policy.model, which has {self._like_policy} ids, and its vocabulary is of another "
+                f"size; give its model's in {self._tokenizer_in}"
+            )
+        elif not self._client.has_token(self._expected.vocab_size - 1):
             wrong.append(
                 f"it does not know token {self._expected.vocab_size - 1} of the tokenizer that it is asked with; give its model's in "
                 f"{self._tokenizer_in}"

@@ -9,7 +9,7 @@ from made_corpus import Document, make_corpus
 from scripted_game import GHANA, CodePoints
 
 from megatron_spice.challenger import check_context, context_needed, longest_passage
-from megatron_spice.config.checks import check_challenger
+from megatron_spice.config.checks import check, check_challenger
 from megatron_spice.config.errors import ConfigError
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import GameConfig
@@ -56,6 +56,18 @@ def test_a_context_that_the_longest_request_does_not_fit_is_refused_with_the_num
     check_context(config, asked, needed)
     with pytest.raises(ConfigError, match=f"has {needed} tokens .*up to 77.*=50 and {needed - 127} of instructions.*context {needed - 1};"):
         check_context(config, asked, needed - 1)
+
+
+def test_servers_that_write_the_tasks_have_a_context_of_their_own(write_recipe):
+    """The policy's limits only what the Reasoner writes."""
+    game = {"fixed_challenger": True, "challenger_max_tokens": 4096, "reasoner_max_tokens": 512}
+    recipe = write_recipe(game=game, rollout={"context_length": 2048})
+    with pytest.raises(ConfigError, match="(?s)game.challenger_max_tokens=4096 leaves no room.*passages of up to 160 tokens"):
+        check(load_config(recipe))
+    served = "rollout.challenger.engines=['http://gpu9:30000']"
+    check(load_config(recipe, [served]))
+    with pytest.raises(ConfigError, match="game.reasoner_max_tokens=2048 leaves no room"):
+        check(load_config(recipe, [served, "game.reasoner_max_tokens=2048"]))
 
 
 def test_the_longest_passage_is_what_the_corpus_was_cut_to(tmp_path):
