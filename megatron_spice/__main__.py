@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="say what this machine has, and what is missing for which recipe")
     command.add_argument("--json", action="store_true", help="as JSON, for scripts")
-    command.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+    command.add_argument("--nodes", type=_positive, help="nodes like this one that recipes are judged on (default: as their names say)")
+    command.set_defaults(run=lambda options: doctor.main(options.json, options.nodes))
 
     command = commands.add_parser("watch", help="a run on one screen, while it goes on")
     command.add_argument("run_dir", type=Path, help="the recipe's run.dir")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -68,14 +69,18 @@ PACKAGES = (
 APEX_REMEDY = "NVIDIA's is built from source: https://github.com/NVIDIA/apex"
 
 
-def main(as_json: bool = False) -> int:
-    """Prints the report and returns 0: an incomplete machine is a finding, not a failure."""
+def main(as_json: bool = False, nodes: int | None = None) -> int:
+    """Prints the report and returns 0: an incomplete machine is a finding, not a failure.
+
+    Args:
+        nodes: of the cluster whose nodes are like this machine; None: as many as a recipe's name says.
+    """
     gpus = machine.accelerators()
     report = {
         "machine": [*_hardware(gpus), *_batch_system()],
         "packages": [*(_package(package, bool(gpus)) for package in PACKAGES), _apex()],
         "training": [*(_fp8(recipe, gpus) for recipe in NEEDS), _fused_optimiser(gpus), _gradient_fusion(gpus)],
-        "recipes": [_recipe(path, gpus) for path in sorted(EXAMPLES.glob("*.yaml"))],
+        "recipes": [_recipe(path, gpus, nodes or nodes_in_name(path)) for path in sorted(EXAMPLES.glob("*.yaml"))],
     }
     if as_json:
         print(json.dumps({name: [asdict(row) for row in rows] for name, rows in report.items()}, indent=2))
@@ -225,19 +230,25 @@ def _gradient_fusion(gpus: list[machine.Accelerator]) -> Finding:
     return Finding(name, "missing", "torch: a gradient, then an addition", f"Transformer Engine has it: {INSTALL}")
 
 
-def _recipe(path: Path, gpus: list[machine.Accelerator]) -> Finding:
-    """Whether a recipe can run on one node like this machine, and if not, everything that is in its way."""
+def nodes_in_name(recipe: Path) -> int:
+    """The nodes of a recipe that is named <model>-<nodes>n<gpus>g-..., 1 for any other."""
+    said = re.search(r"-(\d+)n\d+g-", recipe.name)
+    return int(said[1]) if said else 1
+
+
+def _recipe(path: Path, gpus: list[machine.Accelerator], nodes: int) -> Finding:
+    """Whether a recipe can run on so many nodes like this machine, and if not, everything that is in its way."""
     try:
         config = load_config(path)
     except ConfigError as error:
         return Finding(path.name, "wrong", "; ".join(error.problems))
     obstacles = _lacks(config, gpus)
     try:
-        check(config)
+        check(config, nodes)
     except ConfigError as error:
         obstacles += error.problems
     kind = "cpu" if not gpus and config.cluster.device == "auto" else config.cluster.device
-    value = f"{kind}, {config.policy.precision}, {config.cluster.ranks_per_node} ranks a node"
+    value = f"{kind}, {config.policy.precision}, {config.cluster.ranks_per_node} ranks a node{f', {nodes} nodes' if nodes > 1 else ''}"
     if not obstacles:
         return Finding(path.name, "ok", value)
     if path.name == "quickstart.yaml" and not config.policy.model.exists():

@@ -15,14 +15,14 @@ from megatron_spice import doctor, machine
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def report(path: Path | None = None, python_path: Path | None = None) -> dict[str, dict[str, dict[str, str]]]:
+def report(path: Path | None = None, python_path: Path | None = None, *options: str) -> dict[str, dict[str, dict[str, str]]]:
     """The doctor's JSON by section and row name; `path` goes in front of PATH, `python_path` in front of PYTHONPATH."""
     environment = dict(os.environ)
     if path:
         environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
     if python_path:
         environment["PYTHONPATH"] = str(python_path)
-    command = [sys.executable, "-m", "megatron_spice", "doctor", "--json"]
+    command = [sys.executable, "-m", "megatron_spice", "doctor", "--json", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=True)
     return {section: {row["name"]: row for row in rows} for section, rows in json.loads(done.stdout).items()}
 
@@ -53,6 +53,16 @@ def test_every_example_is_judged():
     assert set(recipes) == {path.name for path in (ROOT / "examples").glob("*.yaml")}
     paper = recipes["qwen3-4b-1n8g-tp2pp1-bf16.yaml"]
     assert paper["value"] == "cuda, bf16, 8 ranks a node"
+
+
+def test_a_recipe_is_judged_on_as_many_nodes_as_its_name_says():
+    recipes = report()["recipes"]
+    large = recipes["qwen3-32b-4n8g-tp4pp4-bf16.yaml"]
+    assert large["value"] == "cuda, bf16, 8 ranks a node, 4 nodes"
+    assert not [name for name, row in recipes.items() if "does not divide" in row["remedy"]]
+    assert "MATHEMATICS.jsonl GENERAL.jsonl --source mathematics --source general" in large["remedy"]
+    remedy = report(None, None, "--nodes=1")["recipes"]["qwen3-32b-4n8g-tp4pp4-bf16.yaml"]["remedy"]
+    assert "16 does not divide the 8 ranks" in remedy
 
 
 @pytest.mark.skipif(bool(machine.accelerators()), reason="this machine has GPUs")

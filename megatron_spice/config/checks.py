@@ -54,10 +54,7 @@ def check_paths(config: Config) -> list[str]:
     problems = []
     if not config.corpus.path.is_dir():
         found = "is not a folder" if config.corpus.path.exists() else "is not there"
-        problems.append(
-            f"corpus.path={config.corpus.path} {found}; make it with `python tools/preprocess_corpus.py TEXTS.jsonl "
-            f"--tokenizer HUGGING_FACE_FOLDER --output {config.corpus.path}`"
-        )
+        problems.append(f"corpus.path={config.corpus.path} {found}; make it with `{_corpus_command(config)}`")
     if config.corpus.loader == "dali" and not _is_installed("nvidia.dali"):
         problems.append(
             "corpus.loader=dali: NVIDIA DALI is not installed; `.venv/bin/python -m pip install nvidia-dali-cuda130==2.4.0`, "
@@ -84,6 +81,15 @@ def check_paths(config: Config) -> list[str]:
             "`.venv/bin/python -m pip install wandb`, or telemetry.wandb_project=null"
         )
     return problems
+
+
+def _corpus_command(config: Config) -> str:
+    """What makes the corpus of a recipe, with the labels that its weights ask for."""
+    labels = list(config.corpus.weights or {})
+    texts = [f"{label.upper()}.jsonl" for label in labels] or ["TEXTS.jsonl"]
+    sources = [word for label in labels for word in ("--source", label)]
+    rest = ["--tokenizer", "HUGGING_FACE_FOLDER", "--output", str(config.corpus.path)]
+    return shlex.join(["python", "tools/preprocess_corpus.py", *texts, *sources, *rest])
 
 
 def check_offload(config: Config) -> list[str]:

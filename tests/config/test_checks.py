@@ -86,7 +86,11 @@ def test_more_nodes_can_hold_what_one_cannot(write_recipe):
             ["rollout.context_length=4200", "game.challenger_max_tokens=4096"],
             ["passages of up to 160 tokens", "game.challenger_max_tokens=4096", "context of 4200", "8192"],
         ),
-        (["corpus.path=not/there"], ["corpus.path=not/there", "tools/preprocess_corpus.py", "--output not/there"]),
+        (["corpus.path=not/there"], ["corpus.path=not/there", "preprocess_corpus.py TEXTS.jsonl --tokenizer", "--output not/there`"]),
+        (
+            ["corpus.path=not/there", "corpus.weights={web: 1, my texts: 2}"],
+            ["preprocess_corpus.py WEB.jsonl 'MY TEXTS.jsonl' --source web --source 'my texts' --tokenizer"],
+        ),
         (["policy.model=not/there"], ["policy.model=not/there", "convert_checkpoint.py"]),
     ],
 )
