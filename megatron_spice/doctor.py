@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_spice import machine
 from megatron_spice.config.checks import check
-from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.errors import PIP_INSTALL, ConfigError
 from megatron_spice.config.fp8_needs import EMULATED, NEEDS, fp8_obstacles
 from megatron_spice.config.loader import load_config
 from megatron_spice.config.schema import Config
@@ -60,11 +60,12 @@ PACKAGES = (
     ENGINE,
     Package("flashinfer", ("flashinfer-python", "flashinfer"), "cuda", "SGLang's attention"),
     Package("sglang kernels", ("sglang-kernel", "sgl-kernel"), "cuda", "SGLang's CUDA kernels"),
-    Package("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "never", "corpus loading", "pip install nvidia-dali-cuda130"),
-    Package("flash-attn", ("flash-attn",), "never", "attention of the policy", "pip install flash-attn --no-build-isolation"),
-    Package("gigatoken", ("gigatoken",), "never", "faster tokenising of corpora", "pip install gigatoken"),
-    Package("datatrove", ("datatrove",), "never", "corpus filters, deduplication", "pip install -r requirements/stages.txt"),
-    Package("wandb", ("wandb",), "never", "metrics (telemetry.wandb_project)", "pip install wandb"),
+    Package("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "never", "corpus loading", f"{PIP_INSTALL} nvidia-dali-cuda130==2.4.0"),
+    Package("flash-attn", ("flash-attn",), "never", "attention of the policy", f"{PIP_INSTALL} --no-build-isolation flash-attn"),
+    Package("gigatoken", ("gigatoken",), "never", "faster tokenising of corpora"),
+    Package("datatrove", ("datatrove",), "never", "corpus filters, deduplication", f"{PIP_INSTALL} -r requirements/stages.txt"),
+    Package("reasoning-gym", ("reasoning-gym",), "never", "made-up questions (evaluate.py)", f"{PIP_INSTALL} -r requirements/evaluation.txt"),
+    Package("wandb", ("wandb",), "never", "metrics (telemetry.wandb_project)", f"{PIP_INSTALL} wandb"),
 )
 APEX_REMEDY = "NVIDIA's is built from source: https://github.com/NVIDIA/apex"
 
@@ -162,7 +163,7 @@ def _apex() -> Finding:
             "Apex",
             "wrong",
             f"apex {apex.version or '(unknown version)'} is another project of that name, not NVIDIA's (no apex.optimizers)",
-            f"pip uninstall apex. {APEX_REMEDY}",
+            f".venv/bin/python -m pip uninstall apex. {APEX_REMEDY}",
         )
     return Finding("Apex", "absent", "optional, fused optimiser", f"not the apex on PyPI, another project; {APEX_REMEDY}")
 

@@ -48,6 +48,17 @@ def test_the_table_holds_the_same_rows():
             assert f"  {name} " in text
 
 
+def test_remedies_install_into_the_environment_and_within_the_constraints():
+    """As whole commands: a bare pip is another Python's."""
+    remedies = [package.remedy for package in doctor.PACKAGES if package.remedy != doctor.INSTALL]
+    assert len(remedies) > 3
+    for remedy in remedies:
+        words = remedy.split()
+        assert words[:6] == [".venv/bin/python", "-m", "pip", "install", "-c", "requirements/constraints.txt"] and len(words) > 6
+        for file in (word for word in words if word.endswith(".txt")):
+            assert (ROOT / file).is_file()
+
+
 def test_every_example_is_judged():
     recipes = report()["recipes"]
     assert set(recipes) == {path.name for path in (ROOT / "examples").glob("*.yaml")}

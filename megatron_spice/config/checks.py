@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from megatron_spice.config.chat_templates import chat_problems
 from megatron_spice.config.engine_weights import engine_weights_problems
-from megatron_spice.config.errors import ConfigError
+from megatron_spice.config.errors import PIP_INSTALL, ConfigError
 from megatron_spice.config.hf import ModelArchitecture, read_architecture
 from megatron_spice.config.layout import divisors, layout_problems, rank_problems, tensor_problems
 from megatron_spice.config.schema import Config
@@ -57,7 +57,7 @@ def check_paths(config: Config) -> list[str]:
         problems.append(f"corpus.path={config.corpus.path} {found}; make it with `{_corpus_command(config)}`")
     if config.corpus.loader == "dali" and not _is_installed("nvidia.dali"):
         problems.append(
-            "corpus.loader=dali: NVIDIA DALI is not installed; `.venv/bin/python -m pip install nvidia-dali-cuda130==2.4.0`, "
+            f"corpus.loader=dali: NVIDIA DALI is not installed; `{PIP_INSTALL} nvidia-dali-cuda130==2.4.0`, "
             "or corpus.loader=mmap, which reads the same passages"
         )
     pairs = config.warmup.pairs
@@ -78,7 +78,7 @@ def check_paths(config: Config) -> list[str]:
     if config.telemetry.wandb_project and not _is_installed("wandb"):
         problems.append(
             f"telemetry.wandb_project={config.telemetry.wandb_project}: the wandb package is missing; "
-            "`.venv/bin/python -m pip install wandb`, or telemetry.wandb_project=null"
+            f"`{PIP_INSTALL} wandb`, or telemetry.wandb_project=null"
         )
     return problems
 

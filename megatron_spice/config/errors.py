@@ -16,6 +16,10 @@ EXIT_CODE = 2
 """What a command line ends with when the recipe is at fault, and nothing has been started."""
 
 
+PIP_INSTALL = ".venv/bin/python -m pip install -c requirements/constraints.txt"
+"""What remedies begin with: a bare pip may be another Python's, and without the constraints other packages may move."""
+
+
 class ConfigError(ValueError):
     """A recipe that cannot be run. `problems` holds one message a mistake; `str()` is all of them."""
 

@@ -7,6 +7,7 @@ and are refused where that shows (no answer is given).
 
 from __future__ import annotations
 
+from megatron_spice.config.errors import PIP_INSTALL
 from megatron_spice.evaluation.gold import task_of
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.tasks import PUZZLES
@@ -36,7 +37,7 @@ def puzzles(name: str, size: int = SIZE) -> list[Item]:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise ValueError(
-            f"{name} needs the package reasoning-gym: pip install -c requirements/constraints.txt -r requirements/evaluation.txt"
+            f"{name} needs the package reasoning-gym: {PIP_INSTALL} -r requirements/evaluation.txt"
         ) from None
     if short not in DATASETS:
         raise ValueError(f"{name}: reasoning-gym has no task {short!r}; it has {', '.join(sorted(DATASETS))}")

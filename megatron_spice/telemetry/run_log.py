@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_spice.config.errors import storing
+from megatron_spice.config.errors import PIP_INSTALL, storing
 from megatron_spice.config.schema import Config
 from megatron_spice.telemetry.json_lines import JsonLines
 from megatron_spice.telemetry.progress import progress_line
@@ -92,7 +92,7 @@ class _TensorBoard:
         except ImportError as error:
             raise ValueError(
                 "telemetry.tensorboard is on but the tensorboard package is missing: "
-                "pip install tensorboard, or set telemetry.tensorboard=false"
+                f"{PIP_INSTALL} tensorboard, or set telemetry.tensorboard=false"
             ) from error
         # Viewers hide what an earlier, longer attempt wrote for the steps from purge_step on.
         self._writer = SummaryWriter(str(folder), purge_step=resumed_from + 1 if resumed_from else None)
@@ -113,7 +113,7 @@ class _WandB:
         except ImportError as error:
             raise ValueError(
                 f"telemetry.wandb_project={config.telemetry.wandb_project} needs the wandb package: "
-                "pip install wandb, or take the key out of the recipe"
+                f"{PIP_INSTALL} wandb, or take the key out of the recipe"
             ) from error
         # The run's id lies beside its logs, so that a resumed run goes on in the same W&B run.
         id_file = run_dir / "wandb_id.txt"

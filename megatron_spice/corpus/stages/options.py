@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict, dataclass
 
+from megatron_spice.config.errors import PIP_INSTALL
 from megatron_spice.corpus.documents import Document
 from megatron_spice.corpus.stages.benchmarks import benchmark_identities
 
 FILTERS = ("gopher-quality", "gopher-repetition", "c4", "fineweb-quality")
 DEDUP = ("exact", "minhash")
-INSTALL = "pip install -c requirements/constraints.txt -r requirements/stages.txt"
+INSTALL = f"{PIP_INSTALL} -r requirements/stages.txt"
 
 
 @dataclass(frozen=True)
