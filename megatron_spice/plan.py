@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_spice import machine
+from megatron_spice.cluster.host_memory import TUNABLES
 from megatron_spice.config.checks import check, check_layout, check_paths
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.errors import ConfigError
@@ -27,6 +29,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "spice.sh"
 RANKS_SHOWN = 64
 ASSUMED_ACCELERATOR = 81559 * 2**20  # what nvidia-smi says of an H100 with 80 GB
 ASSUMED_HOST = 64 * GIB
+PORT = 29500
+"""Where nodes meet that are started by hand; torchrun's own default."""
 INSTRUCTIONS = 1024
 """Tokens of a prompt besides its passage, at most; assumed, since counting them takes the tokenizer."""
 
@@ -110,10 +114,35 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str], calibration: P
     if warning > estimate.SHORTEST_WARNING:  # more than the script asks for by itself
         asked = f" --signal=B:USR1@{warning}"
         directives = [f"#SBATCH{asked}" if line.startswith("#SBATCH --signal=") else line for line in directives]
-    return "\n".join([
-        "# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives,
-        f"on each node: torchrun --nnodes={num_nodes} --nproc-per-node={per_node} --module megatron_spice train {words}", "",
-    ])  # fmt: skip
+    start = ["# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives]
+    return "\n".join([*start, *_without_slurm(config, num_nodes, words), ""])
+
+
+def _without_slurm(config: Config, num_nodes: int, words: str) -> list[str]:
+    """What a person starts by hand where there is no Slurm; with several nodes, what slurm/spice.sh does on each."""
+    if num_nodes == 1:
+        return ["# Start without Slurm", f"bash slurm/spice.sh {words}"]
+    here = Path(sys.executable)
+    python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
+    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(config).items())
+    return [
+        "# Start without Slurm: on every node, in the repository's folder, with 0 for I on the first, 1 on the next, and so on; FIRST is",
+        "# the first one's address. What slurm/site.sh would set is to be set before.",
+        f"PET_NODE_RANK=I {settings} \\",
+        f"  {python} -m megatron_spice.launch --nnodes={num_nodes} --nproc-per-node={config.cluster.ranks_per_node} \\",
+        f"  --master-addr=FIRST --master-port={PORT} --module megatron_spice train {words}",
+    ]
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """What slurm/spice.sh sets for ranks, of what changes how they run; a test compares the two."""
+    found = {"SPICE_RUN_DIR": str(config.run.dir), "TOKENIZERS_PARALLELISM": "false"}
+    if machine.device(config.cluster.device) != "cpu":
+        return found | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    threads = max(1, machine.usable_cores() // config.cluster.ranks_per_node)
+    return found | {
+        "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": TUNABLES,
+    }  # fmt: skip
 
 
 def _warning(config: Config, num_nodes: int, calibration: Path | None) -> int:

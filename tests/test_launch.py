@@ -9,23 +9,26 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_spice.cluster.host_memory import TUNABLES
+from megatron_spice.plan import PORT
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipe.yaml"
 
 TRAIN = '''
 import os, pathlib, sys, time
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES", "SPICE_RUN_DIR")
 def train(config):
     folder = pathlib.Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +84,8 @@ def launch(house: Path, *arguments: str, **more: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=house, env=environment(**more), capture_output=True, text=True, timeout=180, check=False)
 
 
-def facts(house: Path, rank: int) -> dict[str, str]:
-    return dict(line.split("=", 1) for line in (house / "run" / f"rank{rank}.txt").read_text().splitlines())
+def facts(house: Path, rank: int, run_dir: str = "run") -> dict[str, str]:
+    return dict(line.split("=", 1) for line in (house / run_dir / f"rank{rank}.txt").read_text().splitlines())
 
 
 def alive(pid: int) -> bool:
@@ -169,6 +172,30 @@ def test_a_dry_run_says_what_would_start_and_starts_nothing(house):
     assert not (house / "a b").exists()
     wrong = launch(house, "--dry-run", "--nodes=2", RECIPE, "policy.pipeline_parallel_size=3")
     assert wrong.returncode == 2 and "does not divide the 4 ranks" in wrong.stderr
+
+
+def test_nodes_are_started_by_hand_with_what_the_plan_says(house):
+    """Two launchers on this machine, which meet on loopback, each by the plan's own words."""
+    settings = ["policy.pipeline_parallel_size=4", "run.dir=by hand"]
+    said = launch(house, "--dry-run", "--nodes=2", RECIPE, *settings).stdout
+    command = said[said.index("PET_NODE_RANK=I ") :].partition("\n\n")[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command = command.replace("FIRST", "127.0.0.1").replace(f"={PORT}", f"={free.getsockname()[1]}")
+
+    def start(node: int) -> subprocess.CompletedProcess[str]:
+        words = ["bash", "-c", command.replace("=I ", f"={node} ")]
+        around = environment(GLOO_SOCKET_IFNAME="lo")
+        return subprocess.run(words, cwd=house, env=around, capture_output=True, text=True, timeout=180, check=False)
+
+    with ThreadPoolExecutor() as nodes:
+        for done in nodes.map(start, (0, 1)):
+            assert done.returncode == 0, done.stderr
+    ranks = [facts(house, rank, "by hand") for rank in range(4)]
+    assert [(found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) for found in ranks] == [
+        ("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4"),
+    ]  # fmt: skip
+    assert {(found["SPICE_RUN_DIR"], found["GLIBC_TUNABLES"]) for found in ranks} == {("by hand", TUNABLES)}
 
 
 def test_without_an_environment_it_names_install_sh(house):

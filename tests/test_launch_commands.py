@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 from recorded_commands import SNAPSHOTS, Recorder, assert_as_before
+
+from megatron_spice import plan
+from megatron_spice.config.schema import Config
 
 CPU = {"SPICE_RANKS_PER_NODE": "2", "SPICE_DEVICE_KIND": "cpu", "SPICE_RUN_DIR": "runs/my run"}
 CUDA = CPU | {"SPICE_RANKS_PER_NODE": "8", "SPICE_DEVICE_KIND": "cuda"}
@@ -85,6 +89,19 @@ def test_a_start_that_is_killed_before_it_came_further_is_requeued_once(tmp_path
     assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
     assert is_requeued(STATUS="137", CHECKPOINT="iteration_0000001"), "it has come further"
     assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
+
+
+@pytest.mark.parametrize(("device", "case"), [("cuda", "spice-two-nodes-odd-words"), ("cpu", "spice-two-nodes-unresolved")])
+def test_who_starts_nodes_by_hand_is_told_to_set_what_the_script_sets(device: str, case: str) -> None:
+    """But for what only keeps the output quiet, and what the repository's folder makes needless."""
+    needless = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "TORCH_CPP_LOG_LEVEL", "PET_NODE_RANK", "SLURM_NODEID"}
+    lines = [line.strip() for line in (SNAPSHOTS / f"{case}.txt").read_text().splitlines() if line.startswith("    ")]
+    script = {name: value for name, _, value in (line.partition("=") for line in lines) if name not in needless}
+    recipe = {"run": {"dir": "runs/my run"}, "corpus": {"path": "corpus"}, "policy": {"model": "model"}, "cluster": {"device": device}}
+    told = {name: shlex.quote(value) for name, value in plan._environment(Config.model_validate(recipe)).items()}
+    assert set(told) == set(script)
+    of_the_machine = ("OMP_NUM_THREADS", "GLIBC_TUNABLES")  # which the recorder's stand-ins answer for
+    assert [(name, told[name]) for name in told if name not in of_the_machine and told[name] != script[name]] == []
 
 
 def test_every_snapshot_belongs_to_a_case() -> None:
