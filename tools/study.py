@@ -2,7 +2,7 @@
 """Recipes x seeds as one command: trains each, evaluates before and after, lets early and late checkpoints meet, and sums up.
 
     python tools/study.py examples/studies/components.yaml            # the same command goes on where it was interrupted
-    python tools/study.py examples/studies/components.yaml --dry-run  # what is still to be done
+    python tools/study.py examples/studies/components.yaml --dry-run  # what is still to be done, and what is missing for it
 
 A study is YAML: `output` (folder), `seeds`, `recipes` (name: path), and if wanted `overrides` (for all runs), `evaluate` (arguments of
 tools/evaluate.py after the model, such as ["--tasks", "factbook"]) and `crossplay` (arguments of tools/crossplay.py after the
@@ -31,7 +31,9 @@ sys.path.insert(0, str(ROOT))
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
 from megatron_spice.checkpoint import store  # noqa: E402
+from megatron_spice.config.checks import check_paths  # noqa: E402
 from megatron_spice.config.errors import ConfigError  # noqa: E402
+from megatron_spice.config.hf import hugging_face_folder  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
 from megatron_spice.curriculum.rows import RECIPE_NAME  # noqa: E402
 from megatron_spice.report.runs import before_folder  # noqa: E402
@@ -124,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
+    missing = lacks(study, runs)
+    if missing and not options.dry_run:  # later runs' too, before the first has taken its hours
+        print("\n  ".join(["study:", *missing]), file=sys.stderr)
+        return 2
     for job in jobs(study, runs, options.dry_run):
         print(shlex.join(job.command), flush=True)
         if options.dry_run:
@@ -135,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"study: exit code {code}; the same command goes on from here", file=sys.stderr)
             return code
         job.note()
+    if missing:
+        print("\n  ".join(["study:", *missing]), file=sys.stderr)
+        return 2
     if not options.dry_run:
         found = summary([Outcome(run, _before(study, run)) for run in runs])
         (study.output / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -174,6 +183,23 @@ def trained(study: Study) -> Iterator[Trained]:
             kept = [f"checkpoint.keep={max(config.checkpoint.keep, 1 + config.train.iterations // config.checkpoint.every)}"]
             arguments = [str(recipe), *own, *(kept if study.plays(name) else [])]
             yield Trained(name, seed, folder, arguments, config.policy.model, config.train.iterations)
+
+
+def lacks(study: Study, runs: Sequence[Trained]) -> list[str]:
+    """What is not where the recipes of the runs that are still to be trained say: models, corpora, packages; each once."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.checkpoint(run.iterations).exists():
+            continue
+        config = load_config(run.arguments[0], run.arguments[1:])
+        problems = check_paths(config)
+        try:
+            hugging_face_folder(config.policy.model)
+        except ConfigError as error:
+            problems += error.problems
+        for problem in problems:
+            found.setdefault(problem, []).append(run.name)
+    return [f"{', '.join(dict.fromkeys(names))}: {problem}" for problem, names in found.items()]
 
 
 def jobs(study: Study, runs: Sequence[Trained], dry_run: bool = False) -> Iterator[Job]:

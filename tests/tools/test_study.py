@@ -18,6 +18,16 @@ from tools.study_summary import Outcome, summary, table
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def assets(tmp_path: Path, monkeypatch) -> Path:
+    """What the recipes name, in the folder that the tests are in."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-megatron", "factbook", "factbook-training"):
+        (tmp_path / "assets" / name).mkdir(parents=True)
+    (tmp_path / "assets" / "smollm2-135m-megatron" / "config.json").write_text("{}")
+    return tmp_path / "assets"
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     path = tmp_path / "study.yaml"
@@ -55,8 +65,8 @@ def _note(told: tool.Study, run: Trained) -> None:
             job.note()
 
 
-def test_the_example_is_nine_runs(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_example_is_nine_runs(capsys, tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     assert main(["examples/studies/components.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("spice.sh" in line for line in lines) == 9
@@ -75,6 +85,23 @@ def test_what_is_there_is_not_done_again(study, capsys):
     left = [job.command for job in jobs(read(study), runs)]
     assert not [command for command in left if str(runs[0].checkpoint(20)) in command or f"run.dir={runs[0].folder}" in command]
     assert len(left) == 16 - 3
+
+
+def test_what_is_missing_is_said_before_anything_starts(study, assets, capsys, monkeypatch):
+    """In a dry run after what is to be done; of runs that are trained already nothing has to be there any more."""
+    monkeypatch.setattr(tool.subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
+    (assets / "factbook").rmdir()
+    (assets / "smollm2-135m-megatron" / "config.json").unlink()
+    for options in (["--dry-run"], []):
+        assert main([str(study), *options]) == 2
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == (16 if options else 0)
+        first, second = said.err.splitlines()[1:]
+        assert first.startswith("  spice, threshold: corpus.path=assets/factbook is not there")
+        assert second.startswith("  spice, threshold: policy.model=assets/smollm2-135m-megatron holds neither")
+    for run in trained(read(study)):
+        _finish(read(study), run, 0.5, 0.2)
+    assert main([str(study), "--dry-run"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_sums_are_of_seeds_and_differences_of_pairs(study):
