@@ -35,7 +35,9 @@ class TrainConfig(Room):
     optimizer_steps: PositiveInt = Field(
         1, description="Optimiser steps an iteration's trajectories are split into; above 1 the ratio is clipped."
     )
-    seed: int = Field(0, ge=0, description="Seeds the corpus order, every choice of the game and the model's randomness.")
+    seed: int = Field(
+        0, ge=0, description="Seeds the corpus order, every choice of the game, a warm-up's order, and with rollout.seed what engines sample."
+    )
 
 
 class CorpusConfig(Room):
@@ -116,7 +118,7 @@ class ChallengerConfig(Room):
 
 class RolloutConfig(Room):
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature of both roles. [paper: 1.0]")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability that tokens are sampled from, for both roles; 1: all of it.")
     tensor_parallel_size: PositiveInt = Field(1, description="Ranks of one engine.")
     engines_per_node: PositiveInt = Field(1, description="Colocated engines on each node.")
     passages_in_flight: PositiveInt = Field(8, description="Passages one engine plays at a time.")
@@ -190,15 +192,15 @@ class Fp8Config(Room):
 
 
 class RoleWeightsConfig(Room):
-    challenger: float = Field(1.0, ge=0)
-    reasoner: float = Field(1.0, ge=0)
+    challenger: float = Field(1.0, ge=0, description="Factor of the Challenger's trajectories in the loss; 0: it is not trained.")
+    reasoner: float = Field(1.0, ge=0, description="Factor of the Reasoner's trajectories in the loss; 0: it is not trained.")
 
 
 class PolicyConfig(Room):
     model: Path = Field(description="Megatron checkpoint made by tools/convert_checkpoint.py, or a Hugging Face folder.")
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each matrix.")
     sequence_parallel: bool = Field(True, description="Split norms and residuals over the tensor-parallel ranks, if any.")
-    pipeline_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = Field(1, description="Stages that the layers are divided into, a rank or more each.")
     virtual_pipeline_size: PositiveInt = Field(1, description="Chunks of layers on each stage (interleaved schedule).")
     pipeline_layers: list[PositiveInt] | None = Field(
         None, description="Layers of each chunk in the model's order; None: as even as can be, the outer ones the fewest."
@@ -208,10 +210,10 @@ class PolicyConfig(Room):
     precision: Precision = Field("bf16", description="bf16 and fp8 keep float32 master weights in the optimiser.")
     fp8: Fp8Config = Fp8Config()
     learning_rate: PositiveFloat = Field(1e-6, description="Constant. [paper: 1e-6]")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's; norms and biases are spared. 0: none.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradients' running mean.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the squared gradients' running mean.")
+    adam_eps: PositiveFloat = Field(1e-8, description="What AdamW adds to the root that it divides by.")
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
     clip_ratio: PositiveFloat = Field(0.2, description="PPO clip of the ratio, used only with more than one optimiser step.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
@@ -261,7 +263,7 @@ class ClusterConfig(Room):
         description="Seconds in which a rank must have moved (a micro-batch, a bucket, a loaded tensor, a game, an engine at work), or "
         "the run is ended with a message that says who is where. Collectives and waits on the store may take a quarter more.",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What ranks run on; `auto`: GPUs where there are any.")
 
 
 class WarmupConfig(Room):
@@ -296,7 +298,7 @@ class AuditConfig(Room):
 
 
 class TelemetryConfig(Room):
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="Write TensorBoard's files too (run.dir/tensorboard).")
     wandb_project: str | None = Field(None, description="Log to this Weights & Biases project (needs the wandb package).")
     episodes: bool = Field(True, description="Write every episode to episodes.jsonl.")
 
