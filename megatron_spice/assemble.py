@@ -40,9 +40,9 @@ from megatron_spice.game.play import Table, Wording, play_passage
 from megatron_spice.game.records import Episode, Generator, Passage
 from megatron_spice.game.verify import Verifier
 from megatron_spice.policy import memory_budget
+from megatron_spice.rollout.broadcast import Sender
 from megatron_spice.rollout.buckets import Parcel
 from megatron_spice.rollout.engine import Engine
-from megatron_spice.rollout.broadcast import Sender
 from megatron_spice.rollout.placement import hosted_engine, remote_engines
 from megatron_spice.rollout.pool import RolloutPool
 from megatron_spice.rollout.remote import KEY_VARIABLE, Expected, RemoteEngine

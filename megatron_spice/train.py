@@ -31,6 +31,7 @@ from megatron_spice.telemetry.ranks import spread
 from megatron_spice.warmup import warm_up
 from megatron_spice.weights import sync
 
+
 def train(config: Config, build: Callable[..., Run] = assemble) -> None:
     """Runs a recipe to its last iteration, from its newest checkpoint if it has one. Called on every rank; `build` puts the run
     together as `assemble` does."""

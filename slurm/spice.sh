@@ -12,7 +12,8 @@
 #
 #   bash slurm/spice.sh RECIPE [key.sub=value ...]                      on this machine
 #   sbatch [--nodes=N --gpus-per-node=8 ...] slurm/spice.sh RECIPE ...  on an allocation, from the repository's folder
-#   bash slurm/spice.sh --dry-run [--nodes=N] RECIPE ...                say what would be started, and whether it fits
+#   bash slurm/spice.sh --dry-run [--nodes=N] RECIPE ...                say what would be started, and whether it fits; also what to
+#                                                                       start on each of several nodes where there is no Slurm
 #
 # Inside an allocation every node gets one task and torchrun starts the node's ranks; the first node is where they meet.
 # The recipe is checked before anything starts: a wrong one ends with exit code 2 and says what to change.

@@ -54,8 +54,11 @@ async def play_passage(
         iteration: the one in which the game was begun, now or earlier.
         slot: the passage's place in that iteration's batch.
         engine: samples completions; whatever it raises (EngineError, GamePutOff) ends the game of this passage unscored.
+        tokenizer: the policy's; its chat format is the Reasoner's, and the Challenger's unless `challenger` says otherwise.
         verifier: a started `Verifier`.
-        temperature: of both roles.
+        config: the game's rules.
+        temperature, top_p: of both roles.
+        seed: the run's (`train.seed`).
         challenger: how the Challenger is spoken to where another model than the policy writes the tasks; None: like the Reasoner.
         context: tokens that prompt and completion may have together. A question that leaves the Reasoner no room is no task. None:
             the engine decides.
@@ -146,7 +149,7 @@ class Table:
 async def write_tasks(table: Table, passage: Passage) -> tuple[AnswerType, list[Attempt], int]:
     """The Challenger's part: the kind of task, its attempts, and how many readings of expressions timed out."""
     answer_type = await _choose_type(table, passage)
-    return answer_type, *await _attempt(table, passage, answer_type)
+    return answer_type, *await _sample_attempts(table, passage, answer_type)
 
 
 async def _choose_type(table: Table, passage: Passage) -> AnswerType:
@@ -164,7 +167,7 @@ async def _choose_type(table: Table, passage: Passage) -> AnswerType:
     return table.random("format").choice(kinds)
 
 
-async def _attempt(table: Table, passage: Passage, answer_type: AnswerType) -> tuple[list[Attempt], int]:
+async def _sample_attempts(table: Table, passage: Passage, answer_type: AnswerType) -> tuple[list[Attempt], int]:
     """Challenger attempts, until one is valid and there are G, N at most; and the readings that timed out."""
     config, style = table.config, table.challenger.style
     prompt = style.challenger_prompt(None if config.no_corpus else passage, answer_type)

@@ -22,7 +22,8 @@ def challenger_reward(kind: str, pass_rate: float) -> float:
 
     Args:
         kind: "variance" (SPICE), or an ablation: "threshold" (some but not all right), "r_zero" (1 - 2|p - 1/2|),
-            "absolute_zero" (1 - p, and 0 where nothing can be learned, at p = 0).
+            "absolute_zero" (1 - p, and 0 where nothing can be learned, at p = 0). `game.challenger_reward` has one more,
+            "r_zero_majority": `play.py` pays "r_zero" for it, by `majority_share` in place of the pass rate.
 
     Raises:
         ValueError: unknown kind, or a pass rate outside [0, 1].
