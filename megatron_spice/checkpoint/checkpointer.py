@@ -19,7 +19,6 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_spice.checkpoint import store
 from megatron_spice.checkpoint.background import BackgroundWrite, Ranks, Target
-from megatron_spice.checkpoint.distcp import write_file, write_index
 from megatron_spice.checkpoint.ownership import Ownership
 from megatron_spice.checkpoint.pieces import Holdings
 from megatron_spice.checkpoint.snapshot import Snapshot
@@ -133,16 +132,6 @@ class Checkpointer:
         self.proceed()
         if self._pending is not None:
             self._pending.join(CLOSE_TIMEOUT)
-
-
-def save_tensors(policy: Trainable, folder: Path, with_optimizer: bool) -> None:
-    """Writes the weights, and the optimiser if wanted, into an existing empty folder."""
-    held = policy.holdings(with_optimizer)
-    ranks = Ranks(None)
-    pieces, is_copied = Snapshot().take(held.pieces)
-    is_copied()
-    everyone = ranks.tell_first(write_file(folder, ranks.rank, Holdings(pieces, held.objects, held.common)))
-    ranks.first_does(lambda: write_index(folder, [record for records in everyone for record in records], held.common))
 
 
 def load_tensors(policy: Trainable, checkpoint: Path, with_optimizer: bool) -> None:

@@ -46,7 +46,7 @@ class _Spot:
             )
 
 
-def holdings(model_state: dict[str, Any], optimizer: MegatronOptimizer, with_optimizer: bool) -> Holdings:
+def holdings_of(model_state: dict[str, Any], optimizer: MegatronOptimizer, with_optimizer: bool) -> Holdings:
     """What this rank has to save, over the memory that it is in.
 
     Args:

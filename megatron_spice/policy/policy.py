@@ -20,8 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_spice.checkpoint.pieces import Holdings
-from megatron_spice.cluster.topology import Topology
 from megatron_spice.cluster.distributed import collective_timeout
+from megatron_spice.cluster.topology import Topology
 from megatron_spice.cluster.whereabouts import moved
 from megatron_spice.config.engine_weights import fp8_layers
 from megatron_spice.config.hf import ModelArchitecture
@@ -29,7 +29,7 @@ from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
 from megatron_spice.game.records import Trajectory
 from megatron_spice.policy import fused, parallel, precision
-from megatron_spice.policy.holdings import holdings
+from megatron_spice.policy.holdings import holdings_of
 from megatron_spice.policy.loss import LossSettings, row_loss
 from megatron_spice.policy.memory import Sleeper
 from megatron_spice.policy.metrics import StepMetrics, UpdateMetrics
@@ -41,7 +41,7 @@ from megatron_spice.policy.reference import Reference
 from megatron_spice.policy.row_mask import forget_rows
 from megatron_spice.policy.rows import RowTensors, padded_length, row_tensors
 from megatron_spice.weights.gather import Gatherer, Memory
-from megatron_spice.weights.load import load_hf
+from megatron_spice.weights.load import load_parameters
 from megatron_spice.weights.plan import lay_out, quantised_names
 from megatron_spice.weights.stage import Stage, stage_parameters
 
@@ -60,7 +60,7 @@ class Policy:
         Raises:
             ConfigError: the layout does not fit the ranks or the model, or this machine lacks what the precision needs.
         """
-        self.config = config.policy
+        self.policy_config = config.policy
         self.architecture = architecture
         self.device = torch.device("cpu") if topology.device == "cpu" else torch.device("cuda", topology.local_rank)
         self.layout = ParallelLayout.of(config.policy, architecture, topology.world_size)
@@ -72,7 +72,7 @@ class Policy:
             config.game.challenger_max_tokens, config.game.reasoner_max_tokens
         )
         self.cost = Cost.of(architecture)
-        self.row_multiple = math.lcm(self.layout.row_multiple, precision.token_multiple(config.policy, self.backend.uses_te))
+        self.pad_tokens_to = math.lcm(self.layout.row_multiple, precision.token_multiple(config.policy, self.backend.uses_te))
         self.chunks = [
             chunk.to(self.device)
             for chunk in build_chunks(
@@ -110,7 +110,7 @@ class Policy:
 
     @property
     def parameters_dtype(self) -> torch.dtype:
-        return precision.DTYPES[self.config.precision]
+        return precision.DTYPES[self.policy_config.precision]
 
     @property
     def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
@@ -120,21 +120,14 @@ class Policy:
     def load_hf(self, folder: Path) -> None:
         """Weights from a Hugging Face folder. Raises ValueError when its tensors do not fit the architecture."""
         place = self.placement
-        load_hf(
-            self.parameters, folder, self.architecture, self.stage, place.tensor_rank, self.layout.tensor,
-        )  # fmt: skip
+        load_parameters(self.parameters, folder, self.architecture, self.stage, place.tensor_rank, self.layout.tensor)
         self.optimizer.reload_model_params()
 
-    def hf_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The current weights as whole Hugging Face tensors, bucket by bucket (see `weights/gather.py`)."""
-        assert self.sleeper.weights_awake, "hf_buckets() while the weights are asleep"
-        return self.gatherer.buckets(self.parameters)
-
     def rollout_buckets(self, memory: Memory | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """What engines are to generate with: `hf_buckets`, but only on ranks that host an engine, though all must iterate; and
-        each weight as this policy's own products see it. An FP8 policy rounds its weights, and engines that did not would
-        sample from another one: they get rounded weights (`rollout.round_weights`), or FP8 numbers and factors
-        (`rollout.weights`).
+        """What engines are to generate with: the current weights as whole Hugging Face tensors, bucket by bucket
+        (`weights/gather.py`), on ranks that host an engine; all must iterate. Each weight is as this policy's own products see
+        it. An FP8 policy rounds its weights, and engines that did not would sample from another one: they get rounded weights
+        (`rollout.round_weights`), or FP8 numbers and factors (`rollout.weights`).
 
         Args:
             memory: where on this host buckets are put, if the policy is on a CPU.
@@ -142,11 +135,6 @@ class Policy:
         assert self.sleeper.weights_awake, "rollout_buckets() while the weights are asleep"
         on_host = memory if self.device.type == "cpu" else None
         return self.gatherer.buckets(self.parameters, self.rounded_weights, on_host, self.quantised_weights, hosts_only=True)
-
-    @property
-    def hf_names(self) -> set[str]:
-        """The names of all tensors that `hf_buckets` gives."""
-        return {name for bucket in self.gatherer.plan for name in bucket.shapes}
 
     @property
     def rollout_names(self) -> set[str]:
@@ -161,7 +149,7 @@ class Policy:
     def holdings(self, with_optimizer: bool) -> Holdings:
         """What this rank saves of the weights, and of the optimiser if wanted, over the memory that they are in."""
         assert self.sleeper.awake, "holdings() of a sleeping policy"
-        return holdings(self.model_state(), self.optimizer, with_optimizer)
+        return holdings_of(self.model_state(), self.optimizer, with_optimizer)
 
     def model_state(self) -> dict[str, Any]:
         """Megatron's sharded description of the weights."""
@@ -178,7 +166,7 @@ class Policy:
         if optimizer_state is None:
             self.optimizer.reload_model_params()
         else:
-            load_optimizer_state(self.optimizer, optimizer_state, self.config)
+            load_optimizer_state(self.optimizer, optimizer_state, self.policy_config)
 
     # -- sharing the accelerator ----------------------------------------------------------------------------------
 
@@ -210,11 +198,11 @@ class Policy:
     def describe(self) -> str:
         """Layout, precision, fused parts and how memory is given up, on one line."""
         parts = fused.describe(self.device.type, self.backend.uses_te)
-        return "; ".join((self.layout.describe(), self.config.precision, parts, f"sleep: {self.sleeper.describe()}"))
+        return "; ".join((self.layout.describe(), self.policy_config.precision, parts, f"sleep: {self.sleeper.describe()}"))
 
     def audit_lines(self) -> list[str]:
         """What of this rank's layers ran in FP8, and what did not and why."""
-        return precision.audit_lines(precision.audit(self.chunks, self.config))
+        return precision.audit_lines(precision.audit(self.chunks, self.policy_config))
 
     # -- computing ------------------------------------------------------------------------------------------------
 
@@ -227,7 +215,7 @@ class Policy:
         assert self.sleeper.awake, "update() on a sleeping policy"
         parts = split_steps(trajectories, self.optimizer_steps)
         several = sum(any(map(self._counts, part)) for part in parts) > 1
-        settings = LossSettings.of(self.config, several)
+        settings = LossSettings.of(self.policy_config, several)
         plans = [self._plan(part) for part in parts]
         mine = [plan[self.placement.data_rank] for plan in plans]
         shares = [self._tensors(plan) for plan in plans]
@@ -263,7 +251,7 @@ class Policy:
         factor = len(told) * self.loss_length / sum(len(t.completion_ids) for t in told)
         plan = self._plan([replace(t, weight=factor) for t in told])
         metrics = UpdateMetrics(len(told), self.placement)
-        with self._at_temperature(1.0), self._at_learning_rate(learning_rate or self.config.learning_rate):
+        with self._at_temperature(1.0), self._at_learning_rate(learning_rate or self.policy_config.learning_rate):
             metrics.add(self._step(self._tensors(plan), LossSettings(None, None)), plan[self.placement.data_rank])
         return metrics.summary()["drift/mean"]
 
@@ -290,7 +278,7 @@ class Policy:
         assert self.sleeper.weights_awake, "score() while the weights are asleep"
         rest = tuple(token_ids[1:])
         probe = Trajectory("reasoner", tuple(token_ids[:1]), rest, (0.0,) * len(rest), advantage=0.0, reward=0.0)
-        plan = plan_rows([probe], len(token_ids), 1, multiple=self._rows_multiple)
+        plan = plan_rows([probe], len(token_ids), 1, multiple=self._microbatch_multiple)
         [row, *others] = self._tensors(plan * self.layout.data)
         with self._at_temperature(1.0):
             results = self._run([row, *others], forward_only=True)
@@ -311,21 +299,21 @@ class Policy:
     def _watch(self, trajectories: Sequence[Trajectory], settings: LossSettings) -> StepMetrics:
         """One row's worth of trajectories through the model, without learning from them."""
         seen = [trajectory for trajectory in trajectories if trajectory.completion_ids]
-        budget = self.config.tokens_per_microbatch
-        [rows] = plan_rows(seen, budget, 1, self.config.shared_prefix, multiple=self._rows_multiple)
-        plan = [rows[: self._rows_multiple]] * self.layout.data
+        budget = self.policy_config.tokens_per_microbatch
+        [rows] = plan_rows(seen, budget, 1, self.policy_config.shared_prefix, multiple=self._microbatch_multiple)
+        plan = [rows[: self._microbatch_multiple]] * self.layout.data
         results = self._run(self._tensors(plan), forward_only=True, settings=settings)
         return StepMetrics(results if self.placement.data_rank == 0 else [], 0.0)
 
     @property
-    def _rows_multiple(self) -> int:
+    def _microbatch_multiple(self) -> int:
         """An interleaved pipeline runs its micro-batches in groups, one for each stage."""
         return self.layout.pipeline if self.layout.virtual > 1 else 1
 
     def _counts(self, trajectory: Trajectory) -> bool:
         """Whether the trajectory can have a gradient."""
-        weight = getattr(self.config.role_weights, trajectory.role)
-        always = self.config.entropy_bonus > 0 or (self.config.kl_coefficient or 0.0) > 0
+        weight = getattr(self.policy_config.role_weights, trajectory.role)
+        always = self.policy_config.entropy_bonus > 0 or (self.policy_config.kl_coefficient or 0.0) > 0
         return bool(trajectory.completion_ids) and weight > 0 and (always or trajectory.advantage != 0)
 
     def _plan(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
@@ -333,11 +321,11 @@ class Policy:
         loss."""
         plan = plan_rows(
             [trajectory for trajectory in trajectories if self._counts(trajectory)],
-            self.config.tokens_per_microbatch,
+            self.policy_config.tokens_per_microbatch,
             self.layout.data,
-            self.config.shared_prefix,
+            self.policy_config.shared_prefix,
             self.cost,
-            self._rows_multiple,
+            self._microbatch_multiple,
         )
         scale, mine = 1.0 / (max(1, len(trajectories)) * self.loss_length), self.placement.data_rank
         plan[mine] = [tuple(_scaled(block, scale) for block in row) for row in plan[mine]]
@@ -346,13 +334,13 @@ class Policy:
     def _tensors(self, plan: Sequence[Sequence[Row]]) -> list[RowTensors]:
         """This rank's part of its rows of a plan, on the device."""
         place = self.placement
-        lengths = [padded_length(num_tokens(row), self.row_multiple) for rows in plan for row in rows]
+        lengths = [padded_length(num_tokens(row), self.pad_tokens_to) for rows in plan for row in rows]
         equal = max(lengths, default=0) if self.layout.equal_rows else None
         return [
             row_tensors(
                 row,
                 self.device,
-                equal or padded_length(num_tokens(row), self.row_multiple),
+                equal or padded_length(num_tokens(row), self.pad_tokens_to),
                 place.context_rank,
                 self.layout.context,
             )

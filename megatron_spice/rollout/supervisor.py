@@ -1,4 +1,4 @@
-"""An SGLang server as a child process: started, watched, stopped, restarted. `SglangEngine` is the `Engine` of real runs.
+"""An SGLang server as a child process: started, watched, stopped, started anew. `SglangEngine` is the `Engine` of real runs.
 
 A separate process, not a library in the trainer: it may crash, leak or be killed without taking training state with it,
 and it has its own torch threads. It listens on the loopback interface only and wants a key that is made for each start.
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 _LOG_LINES = 25
 SCRATCH = "spice-engine-"
 # What torchrun tells a training rank about its group; an engine that read it would join, or wait for, the trainers.
-_RANK_VARIABLES = (
-    "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "GLIBC_TUNABLES",
-)  # fmt: skip
-_RANK_PREFIXES = ("LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "GOMP_")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANK_PREFIXES = ("LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+# What slurm/spice.sh sets for how training ranks use cores and memory; an engine has threads and memory of its own.
+_TRAINING_VARIABLES = ("GLIBC_TUNABLES",)
+_TRAINING_PREFIXES = ("OMP_", "GOMP_")
 
 
 class SglangEngine:
@@ -143,11 +144,6 @@ class SglangEngine:
         if self._client.num_running:
             moved()
 
-    def restart(self) -> None:
-        """A new server in place of this one, dead or alive; it has no weights until the next sync."""
-        self.launch()
-        self.wait_ready()
-
     def kill(self) -> None:
         """See `Engine.kill`: no time to end in good order, of which a stopped process would use all."""
         if self._child is not None:
@@ -246,11 +242,8 @@ def _sweep_scratch() -> None:
 
 def _server_environment(key: str, scratch: str) -> dict[str, str]:
     """This process's environment without what concerns training ranks, with the key, the package and a scratch folder."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
-    }
+    left_out, prefixes = _RANK_VARIABLES + _TRAINING_VARIABLES, _RANK_PREFIXES + _TRAINING_PREFIXES
+    kept = {name: value for name, value in os.environ.items() if name not in left_out and not name.startswith(prefixes)}
     package_root = str(Path(__file__).resolve().parents[2])
     path = [package_root, *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
     return kept | {KEY_VARIABLE: key, "TMPDIR": scratch, "PYTHONPATH": os.pathsep.join(path)}

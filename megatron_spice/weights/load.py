@@ -14,7 +14,7 @@ from megatron_spice.weights.names import Entry, split_for_rank, table
 from megatron_spice.weights.stage import Key, Stage
 
 
-def load_hf(
+def load_parameters(
     parameters: Mapping[Key, torch.Tensor],
     folder: Path,
     architecture: ModelArchitecture,

@@ -19,7 +19,9 @@ def in_turn(jobs: list[dict[str, Any]]) -> list[Any]:
 
 
 def _one(job: dict[str, Any], here: Any) -> None:
-    from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
+    from policy_weights import save_tensors
+
+    from megatron_spice.checkpoint.checkpointer import load_tensors
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.schema import Config
     from megatron_spice.policy.policy import Policy

@@ -36,7 +36,7 @@ def measured(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             peak, saved = peak_of(lambda: made.update(rows)), 0
             if made.layout.pipeline == 1:
                 plan = made._plan(rows[: made.layout.data])
-                saved = saved_by(lambda: made._step(made._tensors(plan), LossSettings.of(made.config, False)), made)
+                saved = saved_by(lambda: made._step(made._tensors(plan), LossSettings.of(made.policy_config, False)), made)
             found.append({**held(made), "snapshot": snapshot_bytes(made), "stage": made.placement.pipeline_rank, "peak": peak, "saved": saved})
             made.close()
     return found

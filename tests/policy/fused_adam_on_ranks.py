@@ -51,7 +51,9 @@ def saved_and_loaded(
     here: Any, model: Path, trajectories: list[Any], folder: Path, fused: bool, updates: int, **policy: Any
 ) -> dict[str, Any]:
     """So many updates, a save, a load into a fresh policy, and two more updates of it."""
-    from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
+    from policy_weights import hf_buckets, save_tensors
+
+    from megatron_spice.checkpoint.checkpointer import load_tensors
 
     _choose(fused)
     made = make_offloaded(here, model, **policy)
@@ -64,7 +66,7 @@ def saved_and_loaded(
         load_tensors(again, folder.parent, with_optimizer=True)
     result["updates"] += [again.update(trajectories) for _ in range(2)]
     result["steps"] = _steps(again)
-    result["weights"] = {name: t.float().numpy() for bucket in again.hf_buckets() for name, t in bucket.items()}
+    result["weights"] = {name: t.float().numpy() for bucket in hf_buckets(again) for name, t in bucket.items()}
     again.close()
     return result
 

@@ -76,6 +76,8 @@ def held(policy: Any) -> dict[str, int]:
 
 def sleep_between_updates(here: Any, model: Path, trajectories: list[Any], sleeps: int, **policy: Any) -> dict[str, Any]:
     """Three updates, with sleep and wake after each if `sleeps`; what was held, and the weights in the end."""
+    from policy_weights import hf_buckets
+
     made = make_policy(here, model, **policy)
     result: dict[str, Any] = {"held": [], "metrics": [], "same": [], "updates": []}
     probe = [7, 3, 150, 202, 9]
@@ -94,7 +96,7 @@ def sleep_between_updates(here: Any, model: Path, trajectories: list[Any], sleep
             after = contents(made)
             result["same"].append(len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after)))
             result["same"].append(held(made) == awake)
-    result["weights"] = {name: t.float().numpy() for bucket in made.hf_buckets() for name, t in bucket.items()}
+    result["weights"] = {name: t.float().numpy() for bucket in hf_buckets(made) for name, t in bucket.items()}
     made.close()
     return result
 
@@ -104,7 +106,7 @@ def use_while_asleep(here: Any, model: Path, trajectories: list[Any], **policy: 
     made = make_policy(here, model, sleep="all", **policy)
     made.sleep(keep_weights=False)
     said = []
-    for attempt in (lambda: made.update(trajectories), lambda: made.score([1, 2]), lambda: list(made.hf_buckets())):
+    for attempt in (lambda: made.update(trajectories), lambda: made.score([1, 2]), lambda: list(made.rollout_buckets())):
         try:
             attempt()
         except AssertionError as error:
@@ -164,7 +166,9 @@ def offloaded(
     here: Any, model: Path, trajectories: list[Any], folder: Path | None = None, sleep: str = "auto", **policy: Any
 ) -> dict[str, Any]:
     """Two updates, a save, a load into a fresh policy, and one more update of it; with the optimiser offloaded or not."""
-    from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
+    from policy_weights import hf_buckets, save_tensors
+
+    from megatron_spice.checkpoint.checkpointer import load_tensors
 
     made = make_offloaded(here, model, sleep=sleep, **policy)
     result = {"offloaded": _elements_on_host(made), "updates": [made.update(trajectories) for _ in range(2)]}
@@ -176,7 +180,7 @@ def offloaded(
     with HostAsDevice():
         load_tensors(again, folder.parent, with_optimizer=True)
     result["updates"].append(again.update(trajectories))
-    result["weights"] = {name: t.float().numpy() for bucket in again.hf_buckets() for name, t in bucket.items()}
+    result["weights"] = {name: t.float().numpy() for bucket in hf_buckets(again) for name, t in bucket.items()}
     again.close()
     return result
 
@@ -207,6 +211,8 @@ def _elements_on_host(policy: Any) -> tuple[int, int]:
 def recomputed(here: Any, model: Path, trajectories: list[Any], **policy: Any) -> dict[str, Any]:
     """One update: the weights after it, and how often each kind of module ran forward: those of a layer by their own name,
     `layer` a whole one, `expert` the first linear layer of an expert."""
+    from policy_weights import hf_buckets
+
     made = make_policy(here, model, **policy)
     runs: dict[str, int] = {}
     kinds = {
@@ -223,7 +229,7 @@ def recomputed(here: Any, model: Path, trajectories: list[Any], **policy: Any) -
                 if re.fullmatch(rf".*\b{pattern}", name):
                     module.register_forward_hook(count(kind))
     result = {"update": made.update(trajectories), "runs": runs}
-    result["weights"] = {name: t.float().numpy() for bucket in made.hf_buckets() for name, t in bucket.items()}
+    result["weights"] = {name: t.float().numpy() for bucket in hf_buckets(made) for name, t in bucket.items()}
     made.close()
     return result
 

@@ -38,7 +38,9 @@ def in_layouts(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
-    from megatron_spice.checkpoint.checkpointer import load_tensors, save_tensors
+    from policy_weights import hf_buckets, save_tensors
+
+    from megatron_spice.checkpoint.checkpointer import load_tensors
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.schema import Config
     from megatron_spice.policy.model_config import Backend
@@ -55,7 +57,7 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
     backend = Backend(sequence_attention=_sequence_attention()) if job.get("sequences") else None
     policy = Policy(Config.model_validate(rooms), read_architecture(model), here, backend)
     result: dict[str, Any] = {}
-    compares = policy.config.kl_coefficient is not None
+    compares = policy.policy_config.kl_coefficient is not None
     if compares or "load" not in job:
         policy.load_hf(model)
     if compares:
@@ -74,7 +76,7 @@ def _one(job: dict[str, Any], here: Any) -> dict[str, Any]:
         torch.distributed.barrier()
         save_tensors(policy, weights, with_optimizer=True)
     if job.get("gather"):
-        weights = {name: tensor.float().clone().numpy() for bucket in policy.hf_buckets() for name, tensor in bucket.items()}
+        weights = {name: tensor.float().clone().numpy() for bucket in hf_buckets(policy) for name, tensor in bucket.items()}
         result["digest"] = _digest(*(weights[name] for name in sorted(weights)))
         result["embeddings"] = {(policy.placement.tensor_rank, digest) for digest in _embeddings(policy)}
         if here.rank == 0:

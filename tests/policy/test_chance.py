@@ -49,7 +49,7 @@ def generators_around_an_update(model: Any, trajectories: list[Any]) -> tuple[li
         make = model_module.transformer_config
         model_module.transformer_config = lambda *arguments: dataclasses.replace(make(*arguments), hidden_dropout=0.1)
         try:
-            model_module.build_chunks(policy.architecture, policy.config, policy.layout, policy.placement, 1.0, policy.backend)
+            model_module.build_chunks(policy.architecture, policy.policy_config, policy.layout, policy.placement, 1.0, policy.backend)
         except AssertionError as error:
             return same, str(error)
         return same, "built"

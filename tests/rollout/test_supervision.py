@@ -100,7 +100,8 @@ def test_a_dead_server_is_an_error_at_once_and_can_be_replaced(new_engine: NewEn
             engine.wait_ready()
         assert time.monotonic() - began < 5 and gone(leader)
 
-        engine.restart()
+        engine.launch()
+        engine.wait_ready()
         leader = engine.pid
         engine.check()
         running = asyncio.new_event_loop()

@@ -19,6 +19,8 @@ def send_to_both(model: str, policy_settings: dict[str, Any], folder: str) -> di
 
     here = topology.from_environment(platform.prepare("cpu"))
 
+    from policy_weights import hf_names
+
     from megatron_spice.config.engine_weights import quantization_config
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.schema import Config
@@ -46,7 +48,7 @@ def send_to_both(model: str, policy_settings: dict[str, Any], folder: str) -> di
         policy = Policy(config, architecture, here)
         try:
             policy.load_hf(Path(model))
-            rounding = precision.rounded_weights(policy.chunks, policy.config)
+            rounding = precision.rounded_weights(policy.chunks, policy.policy_config)
             result = {"sent": _copied(policy.rollout_buckets())}
             result["rounded"] = _copied(policy.gatherer.buckets(policy.parameters, rounding, hosts_only=True))
             for engine in engines:
@@ -55,7 +57,7 @@ def send_to_both(model: str, policy_settings: dict[str, Any], folder: str) -> di
             parcel, names, probe = Parcel(), policy.rollout_names, list(range(5, 60))
             result["bytes"] = sync.push(lambda: policy.rollout_buckets(parcel), names, fp8, "1")[1]
             sync.push(
-                lambda: policy.gatherer.buckets(policy.parameters, rounding, parcel, hosts_only=True), policy.hf_names, rounded, "1"
+                lambda: policy.gatherer.buckets(policy.parameters, rounding, parcel, hosts_only=True), hf_names(policy), rounded, "1"
             )
             result["policy"] = policy.score(probe)
             result["engines"] = [engine.score(probe) for engine in engines]

@@ -19,6 +19,8 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
 
     from hf_folders import write_tensors
 
+    from policy_weights import hf_buckets, hf_names
+
     from megatron_spice.checkpoint.hf_files import copy_small_files
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.config.schema import Config
@@ -52,14 +54,14 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
             policy.sleep(keep_weights=True)
             for engine in engines:
                 engine.wake([WEIGHTS])
-            result["bytes"] = sync.push(policy.hf_buckets, policy.hf_names, Crew(engines), "7")[1]
+            result["bytes"] = sync.push(lambda: hf_buckets(policy), hf_names(policy), Crew(engines), "7")[1]
             ours = policy.score(probe)
             policy.sleep_weights()
             for engine in engines:
                 engine.wake([KV_CACHE])
             result["difference"] = sync.verify(ours, Crew(engines), probe, 0.02)
             policy.wake()
-            exported = [(name, tensor.clone()) for bucket in policy.hf_buckets() for name, tensor in bucket.items()]
+            exported = [(name, tensor.clone()) for bucket in hf_buckets(policy) for name, tensor in bucket.items()]
             if here.is_first:
                 copy_small_files(Path(model), Path(folder) / "exported")
                 write_tensors(Path(folder) / "exported", dict(exported))
@@ -68,7 +70,7 @@ def train_and_sync(model: str, degrees: dict[str, int], trajectories: list[Any],
                 result["greedy"] = completion.completion_ids
             result["noticed"] = _corrupted_sync(policy, Crew(engines), probe, sync)
             try:
-                sync.push(lambda: _without_their_last(policy.hf_buckets()), policy.hf_names, Crew([]), "9")
+                sync.push(lambda: _without_their_last(hf_buckets(policy)), hf_names(policy), Crew([]), "9")
             except sync.SyncMismatch as error:
                 result["lost"] = str(error)
         finally:
@@ -93,12 +95,14 @@ async def _greedy(engine: Any, sampling: Any) -> Any:
 def _corrupted_sync(policy: Any, crew: Any, probe: list[int], sync: Any) -> str:
     """Sends one tensor with its rows in another order, as a wrong offset in a buffer would; what verify then says."""
 
+    from policy_weights import hf_buckets, hf_names
+
     def buckets() -> Any:
-        for bucket in policy.hf_buckets():
+        for bucket in hf_buckets(policy):
             name = next((name for name in bucket if name.endswith("2.mlp.down_proj.weight")), None)
             yield bucket if name is None else {**bucket, name: torch.roll(bucket[name], 1, 0).contiguous()}
 
-    sync.push(buckets, policy.hf_names, crew, "8")
+    sync.push(buckets, hf_names(policy), crew, "8")
     try:
         sync.verify(policy.score(probe), crew, probe, 0.02)
     except sync.SyncMismatch as error:
