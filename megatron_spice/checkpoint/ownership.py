@@ -91,9 +91,10 @@ class Ownership:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Not in the owner's own file, which may be another's by now.
+        # Not in the owner's own file, which may be another's by now; and then it is that one's end, if it has come, that must stay said.
         with contextlib.suppress(OSError):
-            _write(self.run_dir / ENDED, self.mine.token, self.mine.token)
+            if (found := owner_of(self.run_dir)) is not None and found.token == self.mine.token:
+                _write(self.run_dir / ENDED, self.mine.token, self.mine.token)
         self.close()
 
     def close(self) -> None:

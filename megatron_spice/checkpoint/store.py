@@ -59,6 +59,22 @@ def newest_iteration(run_dir: Path) -> int:
     return iteration_of(whole[-1]) if whole else 0
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What interrupted saves have left in `folder`, which the next save removes."""
+    return list(folder.glob("iteration_*.partial"))
+
+
+def bytes_of_leftovers(folder: Path) -> int:
+    """What removing them gives back to the file system; what is removed meanwhile, by another save, counts for nothing."""
+    total = 0
+    for leftover in leftovers(folder):
+        for inside, _, files in os.walk(leftover):
+            for name in files:
+                with suppress(OSError):
+                    total += os.lstat(os.path.join(inside, name)).st_blocks * 512
+    return total
+
+
 def identity(run_dir: Path) -> tuple[int, int] | None:
     """What tells a folder from another of its name, and from the one it is mounted over; None if there is none."""
     try:
@@ -81,9 +97,9 @@ def begin(folder: Path, iteration: int, num_bytes: int = 0, attempt: str = ALONE
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name_of(iteration)}.{attempt}.partial"
-    leftovers = list(folder.glob("iteration_*.partial"))
+    found = leftovers(folder)
     look()
-    for leftover in leftovers:
+    for leftover in found:
         with suppress(OSError):  # a run that has lost the folder may have made it whole just now
             if leftover.name.endswith(f"{OLD}.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)

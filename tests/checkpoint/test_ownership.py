@@ -137,6 +137,17 @@ def test_slurm_says_whether_a_job_on_other_nodes_lives(tmp_path, monkeypatch, an
         assert in_use(tmp_path) is None
 
 
+def test_a_start_that_has_lost_the_folder_says_nothing_of_the_end_of_the_one_that_has_it(tmp_path, monkeypatch):
+    """Or an allocation that lives longer than its run would hold the folder for ever."""
+    squeue(tmp_path, monkeypatch, "RUNNING")
+    older, newer = elsewhere(job="41", restart=0), replace(elsewhere(job="41", restart=1), token="newer")
+    with Ownership(tmp_path, older):
+        with Ownership(tmp_path, newer):
+            assert "is RUNNING, says Slurm" in in_use(tmp_path)
+        assert in_use(tmp_path) is None
+    assert in_use(tmp_path) is None
+
+
 class Turns:
     """Runs threads in turn, each as far as so many points; who is out of turns runs to its end."""
 
