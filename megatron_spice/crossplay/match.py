@@ -30,7 +30,7 @@ from megatron_spice.crossplay.players import Player, served
 from megatron_spice.crossplay.session import note, noted, refusal, session
 from megatron_spice.game.play import Table, answer_task, write_tasks
 from megatron_spice.game.records import Passage, Task
-from megatron_spice.rollout.engine import Engine, EngineError, EngineRefused
+from megatron_spice.rollout.engine import Engine, EngineRefused
 
 SETTINGS = "match.json"
 NAMES = "models.json"
@@ -74,7 +74,7 @@ class Match:
         corpus = self._corpus() if busy else None
         self._bind([*challengers, *reasoners], {*(reasoners if busy else ()), *busy} | {
             player for player in reasoners if self._missing_answers(player, challengers)
-        })  # fmt: skip
+        }, say)  # fmt: skip
         with ExitStack() as stack:
             current: list[Any] = [None, None]
 
@@ -95,23 +95,22 @@ class Match:
                     say(f"{player.name} answers {len(missing)} tasks")
                     self._run(*turn(player), [(line["slot"], line) for line in missing], partial(self._answer, player))
 
-    def _bind(self, everyone: Sequence[Player], busy: Collection[Player]) -> None:
+    def _bind(self, everyone: Sequence[Player], busy: Collection[Player], say: Callable[[str], None]) -> None:
         """Notes which models the names stand for: lines are kept by name, and those of one model are no other's.
 
-        A server that has nothing left to do need not be there any more: it is then what it was.
+        A server that has nothing left to do is not asked: it need not be there any more, and may serve another model by now.
         """
         path = self._folder / NAMES
         bound = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for player in everyone:
-            try:
-                identity = player.identity(self._config)
-            except EngineError:
-                if player in busy or player.name not in bound:
-                    raise
+        for player in dict.fromkeys(everyone):
+            known = bound.get(player.name, "")
+            if player not in busy and player.is_at(known):
+                say(f"{player.name} is not asked again: what it had to play has been played, by {known}")
                 continue
+            identity = player.identity(self._config)
             if bound.setdefault(player.name, identity) != identity:
                 raise ValueError(
-                    f"{player.name} is {identity}, but {bound[player.name]} has played under this name in {self._folder}; give the model "
+                    f"{player.name} is {identity}, but {known} has played under this name in {self._folder}; give the model "
                     f"another name ({player.name}-2={player.source}), or the match another folder"
                 )
         path.write_text(json.dumps(bound, indent=1) + "\n", encoding="utf-8")

@@ -48,6 +48,10 @@ class Player:
         server = servers.meet(self.source, self.tokenizer, config)
         return f"{self.source} ({server.model}, tokenizer {server.tokenizer.vocab_hash[:12]})"
 
+    def is_at(self, identity: str) -> bool:
+        """Whether it is a server, and this the identity of what it serves, or has served."""
+        return self.is_url and identity.startswith(f"{self.source} (")
+
 
 def players(text: str) -> list[Player]:
     """From `NAME=SOURCE,SOURCE,...`; without a name, a checkpoint is called by the last two parts of its path, a server by its

@@ -163,8 +163,14 @@ def test_a_name_that_stood_for_another_model_is_refused_before_anything_is_playe
         with pytest.raises(ValueError, match=f"has played under this name.*{other.name}-2={other.source}"):
             match.play([early], [other], said.append)
     server.weights = "7"
+    match.play([early], [server_player], said.append)
+    assert len(said) == 1 and "server is not asked again" in said[0] and "weights default" in said[0], "its part has been played"
+    answers = tmp_path / "match" / "answers-server.jsonl"
+    whole = answers.read_text()
+    answers.write_text("")
     with pytest.raises(ValueError, match="weights 7.*but .*weights default.* has played under this name"):
         match.play([early], [server_player], said.append)
+    answers.write_text(whole)
     (tmp_path / "a" / "weights").write_text("changed")
     with pytest.raises(ValueError, match="early is .*another folder"):
         match.play([early], [server_player], said.append)
