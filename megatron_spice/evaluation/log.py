@@ -9,6 +9,7 @@ was cut short is dropped.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without locks say; there it is up to the user that no two evaluations write one log."""
 FORMAT = 2
 """1, which no header names, had the judge and a hash of all questions in its header."""
 _ONLY_IN_FORMAT_1 = ("judge", "questions")
@@ -27,6 +29,7 @@ class TaskLog:
 
     Raises:
         ValueError: the file was begun with another header, which the message compares; it is damaged, or in use.
+        OSError: the file system does not let it be read or written.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -35,17 +38,23 @@ class TaskLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = open(path, "ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
             size = self._read(dict(header))
-        except OSError:
-            self._file.close()
-            raise ValueError(f"{path} is being written by another evaluation") from None
-        except ValueError:
+        except (OSError, ValueError):
             self._file.close()
             raise
         self._file.truncate(size)
         if size == 0:
             self._write(dict(header))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is being written by another evaluation") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Appends one item's record, which has its `id`."""

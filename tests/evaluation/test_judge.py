@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+from collections.abc import Callable
 
 import pytest
 from openai_server import Server, play
 
 from megatron_spice.config.schema import VerifierConfig
+from megatron_spice.evaluation import log as log_file
 from megatron_spice.evaluation.endpoint import Endpoint, EndpointError
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
@@ -82,6 +86,28 @@ def test_two_evaluations_do_not_share_a_log(tmp_path):
     TaskLog(tmp_path / "log.jsonl", {"task": "x"}).close()
     with pytest.raises(ValueError, match="task was 'x', is 'y'"):
         TaskLog(tmp_path / "log.jsonl", {"task": "y"})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_another_evaluation(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(log_file.fcntl, "flock", _failing(number))
+    log = TaskLog(tmp_path / "log.jsonl", {"task": "x"})
+    log.add({"id": "1", "answers": []})
+    log.close()
+    assert list(TaskLog(tmp_path / "log.jsonl", {"task": "x"}).done) == ["1"]
+
+
+def test_what_else_a_file_system_says_is_handed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_file.fcntl, "flock", _failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        TaskLog(tmp_path / "log.jsonl", {"task": "x"})
+
+
+def _failing(number: int) -> Callable[..., None]:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
 
 
 def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_refused(tmp_path):
