@@ -18,8 +18,14 @@ ATTEMPTS = 4
 _FIRST_PAUSE = 1.0
 _FINAL = (400, 401, 403, 404, 405, 413, 422)
 """Statuses that will not be otherwise the next time."""
-# As SGLang, vLLM, llama.cpp, TGI and OpenAI say it; none of them has a code in common with another.
-_TOO_LONG = re.compile(r"context|too (?:long|large)|\btokens\b|maximum (?:input|sequence|prompt|model) length", re.IGNORECASE)
+# As SGLang, vLLM, llama.cpp, TGI and the hosted ones say it; none of them has a code in common with another. What else they refuse
+# may speak of tokens too, or of something that is too large.
+_TOO_LONG = re.compile(
+    r"\bcontext[ _](?:length|size|window)|maximum (?:allowed|input|sequence|prompt|model) length|maximum number of tokens|too many tokens"
+    r"|\b(?:inputs?|prompt|request|messages?) (?:is|are) too (?:long|large)|messages\b.{0,20}: string too long|reduce the length"
+    r"|\binputs\W{1,3}(?:must have less than|tokens \+)",
+    re.IGNORECASE,
+)
 
 
 class EndpointError(RuntimeError):
@@ -40,7 +46,7 @@ class TooLong(RuntimeError):
 
 def is_too_long(status: int, said: str) -> bool:
     """Whether a server's refusal is about the length of the request."""
-    return status in (400, 413, 422) and _TOO_LONG.search(said) is not None
+    return status == 413 or (status in (400, 422) and _TOO_LONG.search(said) is not None)
 
 
 class Endpoint:

@@ -79,7 +79,7 @@ class EngineModel:
         try:
             completions = await self._unless_it_dies(self._engine.generate(ids, samples, sampling))
         except EngineRefused as error:
-            if is_too_long(error.status, str(error)):
+            if is_too_long(error.status, error.said):
                 raise TooLong(str(error)) from error
             raise
         return [Reply(each.text, each.finish, len(each.completion_ids)) for each in completions]

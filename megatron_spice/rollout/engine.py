@@ -27,12 +27,14 @@ class EngineError(RuntimeError):
 class EngineRefused(EngineError):
     """An engine answered, and what it said was no: it is there, unlike one that does not answer at all.
 
-    `status`: HTTP's; 400 is about the request alone (too long, say), so that others may well be served.
+    `status`: HTTP's; 400 is about the request alone (too long, say), so that others may well be served. `said`: the server's own
+    words, where the message has more, such as the end of its log.
     """
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, said: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.said = said
 
 
 class EnginesLost(EngineError):

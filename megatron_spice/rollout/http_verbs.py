@@ -68,7 +68,7 @@ class HttpVerbs:
             content = text
         refused = isinstance(content, dict) and content.get("success") is False
         if status != 200 or refused:
-            raise EngineRefused(str(self.failure(method, path, f"was answered with {status}: {text[:2000]}")), status)
+            raise EngineRefused(str(self.failure(method, path, f"was answered with {status}: {text[:2000]}")), status, text)
         return content
 
     def failure(self, method: str, path: str, what: str) -> EngineError:

@@ -20,6 +20,7 @@ from megatron_spice.evaluation.model import EngineModel
 from megatron_spice.evaluation.table import table
 from megatron_spice.game.records import Completion, Sampling, Task
 from megatron_spice.rollout.engine import EngineRefused
+from megatron_spice.rollout.http_verbs import HttpVerbs
 
 ROWS = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(4)]
 ANSWERS = {"0 + 1?": r"\boxed{1}", "1 + 1?": r"\boxed{two, 2}", "2 + 1?": r"\boxed{4}", "3 + 1?": "I do not know"}
@@ -123,14 +124,16 @@ def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_asked(plan, tm
 
 
 def test_an_engine_says_so_too(tmp_path):
-    """Before it is asked, where its context is known; by its refusal, where not. Whatever else it refuses ends the evaluation."""
+    """Before it is asked, where its context is known; by its refusal, where not. Whatever else it refuses ends the evaluation,
+    whatever its log says."""
 
     class Refuses:
         def __init__(self, said: str) -> None:
             self.said = said
+            self.http = HttpVerbs("http://engine", "", timeout=1.0, diagnose=lambda: "its log: context length 8, max_total_num_tokens 9, too long")
 
         async def generate(self, ids: list[int], samples: int, sampling: Sampling) -> list[Completion]:
-            raise EngineRefused(self.said, 400)
+            return self.http.accept("POST", "/generate", 400, json.dumps({"error": {"message": self.said}}))
 
     tokenizer, task = TextTokenizer.from_dir(write_tokenizer(tmp_path)), Task("1 + 1?", "2", "Integer")
     refuses = Refuses("The input (9 tokens) is longer than the model's context length (8 tokens).")
@@ -150,6 +153,15 @@ def test_an_engine_says_so_too(tmp_path):
         (422, "Input validation error: `inputs` must have less than 1024 tokens. Given: 2000", True),
         (400, "the request exceeds the available context size", True),
         (413, "Payload too large", True),
+        (400, "Input length (9000 tokens) exceeds the maximum allowed length (8186 tokens). Use a shorter input", True),
+        (400, "The decoder prompt (length 9000) is longer than the maximum model length of 8192.", True),
+        (400, "prompt is too long: 9000 tokens > 8000 maximum", True),
+        (400, "Please reduce the length of the messages or completion.", True),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 1600 `inputs` tokens and 1000 `max_new_tokens`", True),
+        (400, "logprob_start_len (7) must be lower than the number of input tokens (5)", False),
+        (400, "stop: tokens 7 and 8 are not in the vocabulary", False),
+        (400, "top_logprobs is too large", False),
+        (400, "the image has no context", False),
         (400, "Unsupported parameter: 'max_tokens' is not supported with this model.", False),
         (404, "The model `context` does not exist.", False),
         (400, "temperature must be at most 2", False),

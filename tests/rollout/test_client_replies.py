@@ -104,4 +104,4 @@ def test_a_malformed_answer_is_an_error_that_shows_it(server: Server, reply: Any
 def test_a_refusal_and_an_unreadable_length_are_errors_too(server: Server) -> None:
     with pytest.raises(EngineRefused, match="answered with 500: out of memory") as error:
         ask(server, b"out of memory", status=500)
-    assert error.value.status == 500
+    assert (error.value.status, error.value.said) == (500, "out of memory")
