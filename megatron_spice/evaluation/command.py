@@ -29,6 +29,7 @@ from megatron_spice.config.schema import RolloutConfig, VerifierConfig
 from megatron_spice.convert.stamp import stamp
 from megatron_spice.evaluation import model as models
 from megatron_spice.evaluation import sources, table
+from megatron_spice.evaluation.context import drop_outgrown
 from megatron_spice.evaluation.endpoint import Endpoint, EndpointError
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
@@ -112,9 +113,11 @@ class Plan:
             items = sources.load(sources.request_for(benchmark, options.data, options.map), options.split, options.limit)
             self.tasks.append((_asked(benchmark, options), items))
         self.weights = ""
+        self.context: int | None = None  # the model's; a server's when it has been asked
         if not self.is_served:
             models.check(Path(self.source), options.hf)
             self.weights = stamp(Path(self.source))
+            self.context = models.context_of_checkpoint(Path(self.source), options.hf, self.engine)
 
     @property
     def exported(self) -> Path:
@@ -195,6 +198,9 @@ async def evaluate(plan: Plan) -> list[Result]:
         for benchmark, items in plan.tasks:
             logs.append(TaskLog(plan.log_of(benchmark), plan.header(benchmark, serves)))
             logs[-1].expect(item.as_json() for item in items)
+            if again := drop_outgrown(benchmark, logs[-1], plan.context):
+                what = f"{len(again)} questions are asked again: they or their answers did not fit"
+                _say(f"{benchmark.name}: {what}, and the context has {plan.context} tokens now")
         missing = [sum(item.id not in log.done for item in items) for (_, items), log in zip(plan.tasks, logs, strict=True)]
         if silence is not None and any(missing):
             raise silence
@@ -215,12 +221,13 @@ async def evaluate(plan: Plan) -> list[Result]:
 
 
 async def _serves(plan: Plan) -> tuple[dict[str, str] | None, EndpointError | None]:
-    """What a server says it serves. One that does not answer is an error only where something is to be asked: if all that is wanted
-    has a log, that error is returned, to be raised if the log turns out not to have everything."""
+    """What a server says it serves; its context goes to the plan. One that does not answer is an error only where something is to be
+    asked: if all that is wanted has a log, that error is returned, to be raised if the log turns out not to have everything."""
     if not plan.is_served:
         return None, None
     try:
-        return await models.served_by(plan.source, os.environ.get(KEY_VARIABLE, ""), plan.options.served_name), None
+        serves, plan.context = await models.served_by(plan.source, os.environ.get(KEY_VARIABLE, ""), plan.options.served_name)
+        return serves, None
     except EndpointError as error:
         if not all(path.exists() and path.stat().st_size for path in (plan.log_of(benchmark) for benchmark, _ in plan.tasks)):
             raise
@@ -238,7 +245,7 @@ async def _judge(plan: Plan, stack: AsyncExitStack) -> Judge | None:
 async def _evaluator(plan: Plan, stack: AsyncExitStack, judge: Judge | None) -> Evaluator:
     verifier = await stack.enter_async_context(Verifier(plan.verifier))
     model = await stack.enter_async_context(_model(plan))
-    return Evaluator(model, verifier, judge, plan.max_tokens, plan.options.in_flight, _progress)
+    return Evaluator(model, verifier, judge, plan.max_tokens, plan.options.in_flight, _progress, plan.context)
 
 
 def _say(text: str) -> None:

@@ -75,9 +75,10 @@ class Endpoint:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def about(self) -> dict[str, str]:
+    async def about(self) -> tuple[dict[str, str], int | None]:
         """What the server says of the model behind its name: "id" and "root" as it lists them, and, of an SGLang server, its
-        "model_path" and "weight_version". What it does not say is missing.
+        "model_path" and "weight_version"; what it does not say is missing. And the model's context in tokens, as SGLang and vLLM
+        list it.
 
         Raises:
             EndpointError: it does not answer, or the key is wrong.
@@ -93,7 +94,9 @@ class Endpoint:
             said = {**said, **await self._ask("GET", self.url.removesuffix("/v1") + "/model_info", None, attempts=1)}
         except (EndpointError, TypeError):
             pass  # no SGLang server
-        return {key: str(said[key]) for key in ("id", "root", "model_path", "weight_version") if said.get(key)}
+        context = said.get("max_model_len")
+        about = {key: str(said[key]) for key in ("id", "root", "model_path", "weight_version") if said.get(key)}
+        return about, context if isinstance(context, int) else None
 
     async def chat(self, messages: list[dict[str, str]], samples: int, **settings: Any) -> list[dict[str, Any]]:
         """`samples` replies to a conversation: {"text", "finish", "tokens"} each; `tokens` is None where the server does not tell.

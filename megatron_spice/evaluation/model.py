@@ -11,11 +11,12 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_spice.config.schema import RolloutConfig
+from megatron_spice.evaluation.context import context_of
 from megatron_spice.evaluation.endpoint import Endpoint, TooLong, is_too_long
 from megatron_spice.game.prompts import PromptStyle
 from megatron_spice.game.prompts_chat import SYSTEM
@@ -29,11 +30,13 @@ LEAST_ROOM = 8
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. `finish` "length": it was cut. `tokens` None: the server does not say."""
+    """One answer. `finish` "length": it was cut, and `lacked_room` where the model's context ended, before it had the tokens that it
+    might have. `tokens` None: the server does not say."""
 
     text: str
     finish: str
     tokens: int | None
+    lacked_room: bool = False
 
 
 class Model(Protocol):
@@ -69,7 +72,7 @@ class EngineModel:
 
     async def answer(self, task: Task, samples: int, temperature: float, max_tokens: int) -> list[Reply]:
         """See `Model.answer`."""
-        ids = self._tokenizer.encode_prompt(self.style.reasoner_prompt(task))
+        ids, wanted = self._tokenizer.encode_prompt(self.style.reasoner_prompt(task)), max_tokens
         if self._context is not None:
             room = self._context - len(ids) - 1
             if room < LEAST_ROOM:
@@ -82,7 +85,8 @@ class EngineModel:
             if is_too_long(error.status, error.said):
                 raise TooLong(str(error)) from error
             raise
-        return [Reply(each.text, each.finish, len(each.completion_ids)) for each in completions]
+        found = ((each, len(each.completion_ids)) for each in completions)
+        return [Reply(each.text, each.finish, tokens, each.finish == "length" and tokens < wanted) for each, tokens in found]
 
     async def _unless_it_dies(self, asking: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
         """What is asked for, or the watch's error as soon as there is one."""
@@ -109,12 +113,15 @@ class EndpointModel:
 
     async def answer(self, task: Task, samples: int, temperature: float, max_tokens: int) -> list[Reply]:
         """See `Model.answer`."""
+        room = max_tokens
         while True:
             try:
-                return await self._answer(task, samples, temperature, max_tokens)
+                found = await self._answer(task, samples, temperature, room)
+                is_less = (min(room, each.tokens or room) < max_tokens for each in found)
+                return [replace(each, lacked_room=less and each.finish == "length") for each, less in zip(found, is_less)]
             except TooLong:
-                max_tokens //= 2
-                if max_tokens < LEAST_ROOM:
+                room //= 2
+                if room < LEAST_ROOM:
                     raise
 
     async def _answer(self, task: Task, samples: int, temperature: float, max_tokens: int) -> list[Reply]:
@@ -149,14 +156,26 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-async def served_by(url: str, key: str, name: str) -> dict[str, str]:
-    """What a server says that it serves under a name, "" for the first that it lists (`Endpoint.about`).
+async def served_by(url: str, key: str, name: str) -> tuple[dict[str, str], int | None]:
+    """What a server says that it serves under a name, "" for the first that it lists, and its context (`Endpoint.about`).
 
     Raises:
         EndpointError: it does not answer, or the key is wrong.
     """
     async with Endpoint(url, key, name, timeout=60.0) as endpoint:
         return await endpoint.about()
+
+
+def context_of_checkpoint(checkpoint: Path, hf: Path | None, config: RolloutConfig) -> int | None:
+    """The context that `serve` will give what `export` makes of a checkpoint; None if that is not said."""
+    about = next((folder for folder in (checkpoint, hf, checkpoint / "hf") if folder and (folder / "config.json").is_file()), checkpoint)
+    return context_of(about, config, _device() == "cpu")
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @asynccontextmanager
@@ -184,16 +203,14 @@ async def serve(folder: Path, style: str, config: RolloutConfig, log: Path) -> A
     Raises:
         EngineError: it does not come up; with the end of its log.
     """
-    import torch
-
     from megatron_spice.cluster.topology import Topology
     from megatron_spice.corpus.tokenizer import TextTokenizer
     from megatron_spice.rollout.supervisor import SglangEngine
 
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     precision = "fp32" if (about.get("dtype") or about.get("torch_dtype")) == "float32" else "bf16"
-    context = config.context_length or about.get("max_position_embeddings")
-    topology = Topology(device="cuda" if torch.cuda.is_available() else "cpu")
+    topology = Topology(device=_device())
+    context = context_of(folder, config, topology.device == "cpu")
     tokenizer = TextTokenizer.from_dir(folder)
     style_for(style, tokenizer)  # a model without chat template is told so before anything starts
     engine = SglangEngine(config, topology, precision, folder, log, load_format="auto")

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spice.evaluation.context import KEY, TOO_LONG
 from megatron_spice.evaluation.endpoint import TooLong
 from megatron_spice.evaluation.items import Item
 from megatron_spice.evaluation.judge import Judge
@@ -54,10 +55,6 @@ class Result:
         }  # fmt: skip
 
 
-TOO_LONG = "question_too_long"
-"""The reason of what a question got that does not fit."""
-
-
 @dataclass
 class Evaluator:
     """One model with its verifier and, perhaps, a judge. The first two may be None where every question is answered already.
@@ -66,6 +63,7 @@ class Evaluator:
         max_tokens: most tokens of an answer.
         in_flight: questions that are asked at a time.
         progress: told (task, finished, all) as questions end.
+        context: the model's, None if it is not known (`context.py`).
     """
 
     model: Model | None
@@ -74,6 +72,7 @@ class Evaluator:
     max_tokens: int = 4096
     in_flight: int = 64
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    context: int | None = None
 
     async def run(self, benchmark: Benchmark, items: Sequence[Item], log: TaskLog) -> Result:
         """Answers what the log does not have yet, asks the judge about what it has not judged, and sums up.
@@ -109,14 +108,14 @@ class Evaluator:
             replies = await self.model.answer(item.task, benchmark.samples, benchmark.temperature, self.max_tokens)
         except TooLong:
             none = {"response": "", "extracted": None, "correct": False, "reason": TOO_LONG, "finish": TOO_LONG, "tokens": None}
-            return [none] * benchmark.samples
+            return [{**none, KEY: self.context}] * benchmark.samples
         answers = []
         for reply in replies:
             extracted = self.model.style.extract_answer(reply.text)
             found = await verdict(self.verifier, item.task, benchmark.kind, item.tolerances, extracted)
             answers.append({
                 "response": reply.text, "extracted": extracted, "correct": found.correct, "reason": found.reason,
-                "finish": reply.finish, "tokens": reply.tokens,
+                "finish": reply.finish, "tokens": reply.tokens, **({KEY: self.context} if reply.lacked_room else {}),
             })  # fmt: skip
         return answers
 

@@ -12,9 +12,11 @@ from openai_server import Server, play
 
 from tiny_tokenizer import write_tokenizer
 
+from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.corpus.tokenizer import TextTokenizer
 from megatron_spice.evaluation import command, endpoint
 from megatron_spice.evaluation.command import Plan, evaluate, name_of
+from megatron_spice.evaluation.context import context_of
 from megatron_spice.evaluation.endpoint import EndpointError, TooLong, is_too_long
 from megatron_spice.evaluation.model import EngineModel
 from megatron_spice.evaluation.table import table
@@ -123,6 +125,59 @@ def test_a_question_that_does_not_fit_is_wrong_and_the_others_are_asked(plan, tm
     assert told["too_long"] == 1
 
 
+def test_a_larger_context_answers_what_did_not_fit_the_smaller_one(plan, tmp_path, capsys):
+    long = {"question": "3 + 1? " + "It is long. " * 500, "answer": "#### 4"}
+    server = Server({**ANSWERS, long["question"].strip(): r"\boxed{4}"}, context=2000)
+    server.endless.add("2 + 1?")
+    rows = [long, *ROWS[:3]]
+
+    async def body(url: str) -> None:
+        [small] = await evaluate(plan(url, rows=rows))
+        assert small.too_long == 1 and server.asked == ["0 + 1?", "1 + 1?", "2 + 1?"]
+        server.context = 1999
+        await evaluate(plan(url, rows=rows))
+        assert len(server.asked) == 3, "a smaller one decides nothing"
+        server.context = 20000
+        [large] = await evaluate(plan(url, rows=rows))
+        assert large.too_long == 0 and sorted(server.asked[3:]) == ["2 + 1?", long["question"].strip()] and large.cut == 0.25
+        assert "gsm8k: 2 questions are asked again: they or their answers did not fit, and the context has 20000" in capsys.readouterr().err
+        server.context = 40000
+        [same] = await evaluate(plan(url, rows=rows))
+        assert same.score == large.score and len(server.asked) == 5, "it was cut at --max-tokens"
+
+    play(server, body)
+
+
+def test_sampled_answers_of_two_contexts_are_not_mixed(plan):
+    server = Server(ANSWERS, context=2000)
+    server.endless.add("2 + 1?")
+    sampled = ("--samples", "2", "--temperature", "1")
+
+    async def body(url: str) -> None:
+        await evaluate(plan(url, *sampled))
+        server.context = 20000
+        with pytest.raises(ValueError, match="answers to 1 questions were cut .* at 2000 tokens, and it has 20000 now; .* --output"):
+            await evaluate(plan(url, *sampled))
+
+    play(server, body)
+
+
+def test_an_engines_answer_that_ended_where_its_context_did_is_marked(tmp_path):
+    class Endless:
+        async def generate(self, ids: list[int], samples: int, sampling: Sampling) -> list[Completion]:
+            count = sampling.max_new_tokens
+            return [Completion(tuple(ids), (1,) * count, (0.0,) * count, "length", "", "0")] * samples
+
+    tokenizer, task = TextTokenizer.from_dir(write_tokenizer(tmp_path)), Task("1 + 1?", "2", "Integer")
+    room = [EngineModel(Endless(), tokenizer, "few_shot", context) for context in (700, 7000)]
+    small, large = (asyncio.run(model.answer(task, 2, 0.0, 600)) for model in room)
+    assert [each.lacked_room for each in (*small, *large)] == [True, True, False, False]
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8192}))
+    engines = [RolloutConfig(max_total_tokens=4096), RolloutConfig(context_length=100)]
+    found = [context_of(tmp_path, engine, on_cpu) for engine in engines for on_cpu in (True, False)]
+    assert found == [4096, 8192, 100, 100] and context_of(tmp_path / "none", RolloutConfig(), True) is None
+
+
 def test_an_engine_says_so_too(tmp_path):
     """Before it is asked, where its context is known; by its refusal, where not. Whatever else it refuses ends the evaluation,
     whatever its log says."""
@@ -130,7 +185,8 @@ def test_an_engine_says_so_too(tmp_path):
     class Refuses:
         def __init__(self, said: str) -> None:
             self.said = said
-            self.http = HttpVerbs("http://engine", "", timeout=1.0, diagnose=lambda: "its log: context length 8, max_total_num_tokens 9, too long")
+            log = "its log: context length 8, max_total_num_tokens 9, too long"
+            self.http = HttpVerbs("http://engine", "", timeout=1.0, diagnose=lambda: log)
 
         async def generate(self, ids: list[int], samples: int, sampling: Sampling) -> list[Completion]:
             return self.http.accept("POST", "/generate", 400, json.dumps({"error": {"message": self.said}}))

@@ -11,13 +11,15 @@ from aiohttp import web
 class Server:
     """Answers a question `n` with a box of what `answers` has for it, and a judge's question by whether both end alike.
 
-    A conversation of more than `context` characters, with `max_tokens` for the answer, is refused as SGLang does.
+    A conversation of more than `context` characters, with `max_tokens` for the answer, is refused as SGLang does. The answers to the
+    questions in `endless` are cut where there is no more room.
     """
 
     def __init__(self, answers: dict[str, str], fail_first: int = 0, *, context: int = 10**9, serves: str = "small") -> None:
         self.answers = answers
         self.context = context
         self.serves = serves
+        self.endless: set[str] = set()
         self.asked: list[str] = []
         self.failures = fail_first
         self.judged: list[str] = []
@@ -40,13 +42,15 @@ class Server:
             self.systems.add(body["messages"][0]["content"])
             self.asked.append(content.split("\n")[0])
             text = self.answers[content.split("\n")[0]]
-        choices = [{"message": {"content": text}, "finish_reason": "stop"}] * body["n"]
-        return web.json_response({"choices": choices, "usage": {"completion_tokens": 5}})
+        finish = "length" if content.split("\n")[0] in self.endless else "stop"
+        choices = [{"message": {"content": text}, "finish_reason": finish}] * body["n"]
+        tokens = body["max_tokens"] if finish == "length" else 5
+        return web.json_response({"choices": choices, "usage": {"completion_tokens": tokens}})
 
     async def models(self, request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != "Bearer secret":
             return web.Response(status=401, text="no")
-        return web.json_response({"data": [{"id": self.serves}]})
+        return web.json_response({"data": [{"id": self.serves, "max_model_len": self.context}]})
 
 
 def play(server: Server, body) -> object:  # noqa: ANN001
