@@ -60,9 +60,9 @@ def _list_in(text: str) -> Any:
 def task_of(gold: str, kind: str) -> tuple[str, AnswerType]:
     """The gold answer as the verifier takes it, and the rule it goes by.
 
-    Whole numbers, with a unit or not, are Integer; a letter in parentheses is MCQ; words are String; what can be read as
-    mathematics is Expression; anything else is String. Of `kind` "text" only what has a digit or an operator is Expression, and
-    no sequence, which is a String (`matching.py` compares its elements).
+    Whole numbers, with a unit or not, are Integer, other numbers Expression; a letter in parentheses is MCQ; words are String; what
+    can be read as mathematics is Expression; anything else is String. Of `kind` "text" only what has a digit or an operator is
+    Expression, and no sequence, which is a String (`matching.py` compares its elements).
     """
     if letter := _LETTER.fullmatch(strip_latex(gold)):
         return letter[1], "MCQ"
@@ -71,8 +71,8 @@ def task_of(gold: str, kind: str) -> tuple[str, AnswerType]:
     if kind == "text" and elements(gold) is not None:
         return gold, "String"
     number = read_quantity(gold)
-    if number is not None and number.denominator == 1:
-        return str(number), "Integer"
+    if number is not None:
+        return (str(number), "Integer") if number.denominator == 1 else (gold, "Expression")
     plain = strip_latex(gold)
     if _ONLY_WORDS.fullmatch(plain) and (kind == "text" or len(plain) > 2):
         return gold, "String"

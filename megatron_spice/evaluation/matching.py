@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_spice.game.numerals import is_integer, read_quantity
+from megatron_spice.game.numerals import is_integer, read_quantity, read_with_unit
 from megatron_spice.game.records import Task, Verdict
 from megatron_spice.game.text import normalise
 from megatron_spice.game.verify import Verifier
@@ -28,6 +29,9 @@ _BRACKETS_ONLY = re.compile(r"[()\[\]{}<>\\\s]+")
 _ONE_LETTER = re.compile(r"[(\[]([^\W\d_])[)\]]")
 _WITHOUT_SIZES = re.compile(r"\\(?:left|right)(?![a-zA-Z])")
 _LETTERS = re.compile(r"\\[a-z]+|([a-z]+)")
+_DELIMITED = re.compile(r"\s*(?:\$+|\\\(|\\\[)(.*)(?<!\\)(?:\$+|\\\)|\\\])\s*", re.DOTALL)
+_NAME = re.compile(r"\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]{1,20}\}))?(?:\([^()=]{1,20}\))?)\s*=")
+_COMMA = re.compile(r"(?<!\\),(?!\\!)(?![^{]*\})")  # neither a space of LaTeX's, nor one of its thousands, nor within braces
 _FRACTION = re.compile(r"([+-]?)\s*(?:\\[dt]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?|(\d+)\s*/\s*(\d+))")
 
 
@@ -116,7 +120,8 @@ def read_tolerances(value: Any) -> tuple[float, ...]:
 def is_within(gold: str, answer: str, tolerances: Sequence[float]) -> bool:
     """Whether the numbers of an answer are those of the gold one within their tolerances, in any order where there are several.
 
-    Numbers are decimals, with or without a unit, and fractions; other expressions are the verifier's to compare.
+    Numbers are decimals, with or without a unit, and fractions, each perhaps as the value of a name (`x = 5`); other expressions are
+    the verifier's to compare. Where both have a unit, and of several numbers where both have a name, it must be the same.
     """
     wanted, left = _values(gold), _values(answer)
     if None in wanted or None in left or len(wanted) != len(left):
@@ -124,28 +129,42 @@ def is_within(gold: str, answer: str, tolerances: Sequence[float]) -> bool:
     allowed = [*tolerances] * (len(wanted) if len(tolerances) == 1 else 1)
     if len(allowed) != len(wanted):
         return False
-    for value, tolerance in zip(wanted, allowed, strict=True):
-        match = next((each for each in left if abs(each - value) <= Fraction(str(tolerance))), None)
+    for one, tolerance in zip(wanted, allowed, strict=True):
+        match = next((each for each in left if _is_near(one, each, tolerance, len(wanted) > 1)), None)
         if match is None:
             return False
         left.remove(match)
     return True
 
 
-def _values(text: str) -> list[Fraction | None]:
+@dataclass(frozen=True, slots=True)
+class _Value:
+    number: Fraction
+    unit: str
+    name: str
+
+
+def _is_near(one: _Value, other: _Value, tolerance: float, by_name: bool) -> bool:
+    pairs = [(one.unit, other.unit), *([(one.name, other.name)] if by_name else [])]
+    return abs(one.number - other.number) <= Fraction(str(tolerance)) and all(a == b or not a or not b for a, b in pairs)
+
+
+def _values(text: str) -> list[_Value | None]:
     whole = _value(text)
-    return [whole] if whole is not None else [_value(each) for each in text.split(",")]
+    return [whole] if whole is not None else [_value(each) for each in _COMMA.split(text)]
 
 
-def _value(text: str) -> Fraction | None:
-    text = text.rpartition("=")[2].strip().strip("$").strip()
-    quantity = read_quantity(text)
+def _value(text: str) -> _Value | None:
+    text, name = (whole[1] if (whole := _DELIMITED.fullmatch(text)) else text).strip(), ""
+    if found := _NAME.match(text):
+        text, name = text[found.end() :].strip(), re.sub(r"\s", "", found[1])
+    quantity = read_with_unit(text)
     if quantity is not None:
-        return quantity
+        return _Value(*quantity, name)
     match = _FRACTION.fullmatch(text)
     if match is None:
         return None
     above, below = match[2] or match[4], match[3] or match[5]
     if max(len(above), len(below)) > 300 or int(below) == 0:
         return None
-    return Fraction(int(above), int(below)) * (-1 if match[1] == "-" else 1)
+    return _Value(Fraction(int(above), int(below)) * (-1 if match[1] == "-" else 1), "", name)

@@ -9,7 +9,7 @@ counted.
 The Integer rule is narrower than Math-Verify: a gold integer is met by a number of the same value, with or without a
 unit (`42`, `42.0`, `1{,}234 km`, `50%` for 50), by arithmetic that yields it (`6 \\cdot 7`), or by either as the value of
 one letter (`x = 42`), never by a factorial, a term with a variable or 0.5 for 50 %. Expressions may have a unit on one
-side; on both sides it must be the same.
+side; on both sides it must be the same. Of a number it may also be written as words or money (`18.90 dollars`, `\\$18.90`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_spice.game.expression import (
     to_latex,
     without_unit,
 )
-from megatron_spice.game.numerals import read_integer, read_quantity
+from megatron_spice.game.numerals import read_integer, read_quantity, read_with_unit
 from megatron_spice.game.options import letter_of
 from megatron_spice.game.records import Task, Verdict
 from megatron_spice.game.text import normalise, strip_latex, undecorated
@@ -106,6 +106,8 @@ class Verifier:
         return await self._judge_expression(task.gold_answer, answer)
 
     async def _judge_expression(self, gold: str, answer: str) -> tuple[bool, str]:
+        if (same := _is_same_quantity(gold, _VALUE_OF.sub("", answer, count=1) if _VALUE_OF.match(answer) else answer)) is not None:
+            return same, "number" if same else "different"
         (gold, gold_unit), (answer, unit) = without_unit(gold), without_unit(answer)
         brackets = {list_brackets(gold), list_brackets(answer)} - {None}
         if (gold_unit and unit and normalise(gold_unit) != normalise(unit)) or len(brackets) > 1:
@@ -130,6 +132,25 @@ class Verifier:
             return False, "timeout"
         except WorkerCrash:
             return False, "crashed"
+
+
+def _is_same_quantity(gold: str, answer: str) -> bool | None:
+    """Whether numbers with units are the same, None where algebra is to decide: it takes `ab` for a product, and often for a unit; it
+    reads neither money nor words."""
+    wanted, given = read_with_unit(gold), read_with_unit(answer)
+    if wanted is None or given is None or not (wanted[1] or given[1]):
+        return None
+    if wanted[1] and given[1]:
+        is_one_unit, is_another = wanted[1] == given[1], _marks(wanted[1]) != _marks(given[1])
+    else:
+        unit = wanted[1] or given[1]
+        is_one_unit, is_another = unit != "%" and not looks_mathematical(unit), False
+    return True if is_one_unit and wanted[0] == given[0] else False if is_another else None
+
+
+def _marks(unit: str) -> set[str]:
+    """What a unit, or a product of variables, is made of."""
+    return set(unit) - set(" ^{}/0123456789\u00b0")
 
 
 def _plain(text: str) -> str:

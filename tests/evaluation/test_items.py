@@ -65,6 +65,7 @@ def test_gpqa_options_are_shuffled_the_same_for_all():
         ("12", "text", "Integer"), ("-3", "text", "Integer"), ("3.5", "text", "Expression"), ("no", "text", "String"), ("xy", "mathematics", "Expression"),
         ("even", "mathematics", "String"), ("x^2", "text", "Expression"), ("(B)", "text", "MCQ"), ("[2, 5)", "mathematics", "Expression"),
         ("Alice and Bob", "mathematics", "String"), (r"10\%", "mathematics", "Integer"), ("a" * 300, "mathematics", "String"),
+        ("18.90 dollars", "text", "Expression"),
     ],
 )  # fmt: skip
 def test_answer_types_by_form(gold, kind, answer_type):
