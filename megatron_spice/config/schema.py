@@ -156,7 +156,10 @@ class RolloutConfig(Room):
         "triton}`.",
     )
     start_timeout: PositiveFloat = Field(300.0, description="Seconds an engine may take to come up.")
-    request_timeout: PositiveFloat = Field(600.0, description="Seconds one request may take.")
+    request_timeout: PositiveFloat = Field(
+        600.0,
+        description="Seconds for which an engine may answer none of its requests. How long one waits behind others is not bounded.",
+    )
     hang_timeout: PositiveFloat = Field(
         20.0, description="Seconds an engine may have work and use no processor time before it counts as hung."
     )

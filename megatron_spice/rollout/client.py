@@ -26,6 +26,7 @@ from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout.bucket_loader import LOADER
 from megatron_spice.rollout.engine import KV_CACHE, MEMORY, WEIGHTS, EngineError
 from megatron_spice.rollout.http_verbs import HttpVerbs
+from megatron_spice.rollout.pulse import LOOK, Silence
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ class EngineClient:
     Args:
         url: where it listens, as in "http://127.0.0.1:30000".
         api_key: sent with every request.
-        request_timeout: seconds a generation may take.
+        request_timeout: seconds in which the server must answer one of the generations it was asked for, whichever.
         control_timeout: seconds any other request may take.
         tensor_parallel_size: the server's; each of its ranks gets the handles of a bucket.
         compare_first_update: let the server compare its parameters, bit by bit, with what the first update sent.
@@ -63,6 +64,7 @@ class EngineClient:
         self._generate_url = generate_url or url
         self._request_timeout = request_timeout
         self._control_timeout = control_timeout
+        self._silence = Silence(request_timeout)
         self._tensor_parallel_size = tensor_parallel_size
         self._sends_seeds = sends_seeds
         self._asleep: set[str] = set()
@@ -84,18 +86,20 @@ class EngineClient:
         """`num_samples` completions of one prompt, in one request: the server computes the prompt once.
 
         Raises:
-            EngineError: the server sleeps, is being updated, refused, died, took longer than `request_timeout`, or what it
+            EngineError: the server sleeps, is being updated, refused, died, answered nothing for `request_timeout`, or what it
                 answered cannot be.
         """
         self._require_awake("generate")
         body = {"input_ids": list(prompt_ids), "sampling_params": _parameters(sampling, num_samples), "return_logprob": True}
+        if self.num_running == 0:
+            self._silence.heard()
         self.num_running += 1
         try:
             if self._sends_seeds and sampling.seed is not None:
                 if num_samples > 1:  # of the `n` samples of one request the server would compute the prompt first by itself
-                    await self._post("/generate", body | {"sampling_params": _parameters(sampling, 1) | {"max_new_tokens": 1}})
+                    await self._generated(body | {"sampling_params": _parameters(sampling, 1) | {"max_new_tokens": 1}})
                 body |= _each_with_its_seed(prompt_ids, sampling, num_samples)
-            answer = await self._post("/generate", body)
+            answer = await self._generated(body)
         finally:
             self.num_running -= 1
         outputs = answer if isinstance(answer, list) else [answer]
@@ -109,7 +113,7 @@ class EngineClient:
 
     async def abort(self) -> None:
         """Ends every running request, like `abort_all`; `generate` answers what there is of each."""
-        await self._post("/abort_request", {"abort_all": True})
+        await self._post("/abort_request", {"abort_all": True}, self._control_timeout)
 
     async def close_requests(self) -> None:
         """Closes the connections of the running event loop."""
@@ -117,14 +121,28 @@ class EngineClient:
             await self._session.close()
         self._session = self._loop = None
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+    async def _generated(self, body: dict[str, Any]) -> Any:
+        """The answer, however long it takes while others come."""
+        asked = asyncio.ensure_future(self._post("/generate", body, None))
         try:
-            async with self._connections().post(self._generate_url + path, json=body) as response:
+            while not (await asyncio.wait([asked], timeout=LOOK))[0]:
+                if self._silence.is_too_long():
+                    what = f"and {self.num_running - 1} others: none was answered for {self._request_timeout:g} s (rollout.request_timeout)"
+                    raise self._http.failure("POST", "/generate", what)
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        answer = asked.result()
+        self._silence.heard()
+        return answer
+
+    async def _post(self, path: str, body: dict[str, Any], seconds: float | None) -> Any:
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self._connections().post(self._generate_url + path, json=body, timeout=timeout) as response:
                 return self._http.accept("POST", path, response.status, await response.text(errors="replace"))
-        except asyncio.TimeoutError as error:
-            raise self._http.failure("POST", path, f"did not answer within {self._request_timeout:g} s") from error
-        except aiohttp.ClientError as error:
-            raise self._http.failure("POST", path, f"failed ({type(error).__name__}: {error})") from error
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise self._http.failure("POST", path, f"failed ({type(error).__name__}: {str(error) or 'no answer in time'})") from error
 
     def _connections(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
@@ -132,7 +150,6 @@ class EngineClient:
             self._loop = loop
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),  # the server queues; a limit here would only hide its queue
-                timeout=aiohttp.ClientTimeout(total=self._request_timeout),
                 headers=self._http.headers,
                 trust_env=False,
             )

@@ -7,6 +7,10 @@ polling. (One that spins on a hung kernel is for SGLang's own watchdog, which en
 A scheduler that has ended is another matter: SGLang, told of it by its last signal, waits some seconds for an accelerator to
 settle before it ends the rest. What is known at once need not be waited for.
 
+What neither shows is an answer that got lost on its way: then everything works and nothing comes. So a server must answer
+something of what it is asked from time to time. Not each request within a time: how long one waits in the queue of a busy
+server depends on what is in front of it, and giving up a server that works would only ask the next one for the same again.
+
 Time is counted in looks, each of a second at most: a machine that was suspended, trainer and all, owes nothing.
 """
 
@@ -18,6 +22,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOOK = 1.0  # seconds
+
+
+class Silence:
+    """Counts how long a server has answered nothing.
+
+    Args:
+        patience: seconds after which it is over.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self.heard()
+
+    def heard(self) -> None:
+        """The server has answered, or had nothing to answer until now."""
+        self._waited, self._looked = 0.0, time.monotonic()
+
+    def is_too_long(self) -> bool:
+        """To be asked every second or more often while there are requests, by as many as wait."""
+        now = time.monotonic()
+        self._waited += min(now - self._looked, LOOK)
+        self._looked = now
+        return self._waited > self._patience
 
 
 class Pulse:
