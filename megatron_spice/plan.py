@@ -22,12 +22,11 @@ from megatron_spice.config.schema import Config
 from megatron_spice.cost import estimate
 from megatron_spice.cost.device import default_file, read_device
 from megatron_spice.policy import checkpoint_room, memory_budget, memory_verdict
-from megatron_spice.policy.memory_budget import GIB, Device
+from megatron_spice.policy.memory_budget import GIB, H100_BYTES, Device
 from megatron_spice.rollout.placement import remote_engines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "spice.sh"
 RANKS_SHOWN = 64
-ASSUMED_ACCELERATOR = 81559 * 2**20  # what nvidia-smi says of an H100 with 80 GB
 ASSUMED_HOST = 64 * GIB
 PORT = 29500
 """Where nodes meet that are started by hand; torchrun's own default."""
@@ -61,7 +60,7 @@ def describe(config: Config, num_nodes: int, calibration: Path | None = None) ->
         room, too_full = checkpoint_room.describe(config, shape, from_afar=True)
         parts += [text, room]
         problems = [*problems, *too_much, *([too_full] if too_full else [])]
-        parts.append(estimate.table(config, shape, num_nodes, constants, machine.usable_cores()))
+        parts.append(estimate.table(config, shape, num_nodes, constants, machine.usable_cores(), _device(config).num_bytes))
     if not check_layout(config, num_nodes):
         parts.append(_engines(config, num_nodes))
     return "\n".join(parts), problems
@@ -85,7 +84,7 @@ def _device(config: Config) -> Device:
         )  # fmt: skip
     found = machine.accelerators()
     if not found:
-        return Device("cuda", ASSUMED_ACCELERATOR, "an H100 with 80 GB (assumed: this machine has no accelerator)")
+        return Device("cuda", H100_BYTES, "an H100 with 80 GB (assumed: this machine has no accelerator)")
     smallest = min(found, key=lambda accelerator: accelerator.memory_mib)
     return Device("cuda", smallest.memory_mib * 2**20, smallest.name, host_bytes=host)
 

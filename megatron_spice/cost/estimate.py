@@ -1,30 +1,32 @@
 """Expected seconds of an iteration by phase, tokens a second, and weak scaling to many nodes, as `plan` prints them.
 
-    sync     sleep of the policy, the weights' bytes at the copy rate, check of both sides, barriers
-    play     the busiest engine's work (play.py), and half a passage more where several engines wait for the last one
-    wake     the hand-over back, and on CUDA what the policy had moved to the host
+    sync     the hand-over, on CUDA what the policy moves to the host, the weights' bytes at the copy rate, check of both sides
+    play     the busiest engine's work (play.py), and that of half a passage more where several engines wait for the last one
+    wake     the hand-over back, and what the policy had moved to the host
     train    the busiest rank's update (update.py)
-    save     copying a rank's state, shared out over the iterations between two saves; writing goes on beside
+    save     copying what a rank saves, shared out over the iterations between two saves; writing goes on beside
     other    episodes that every rank reads, barriers that grow with the logarithm of the ranks
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
 from megatron_spice.config.schema import Config
 from megatron_spice.cost.device import Device, Work, scaled
+from megatron_spice.cost.engines import engine_shape, silence_warnings
 from megatron_spice.cost.play import EngineShape, play_work
 from megatron_spice.cost.update import update_work
 from megatron_spice.cost.workload import Workload
+from megatron_spice.policy.memory_budget import H100_BYTES, bytes_asleep, bytes_saved
 from megatron_spice.policy.packing import Cost, plan_rows
 from megatron_spice.policy.parameter_count import engine_parameters, rank_parameters
 
 MOST_RANKS = 1024
-STATE_BYTES = 14.0  # of a number in a checkpoint: weight, master weight, two moments
 EPISODE_BYTES = 12.0  # of a token in what ranks exchange: id and log-probability
 HAND_OVERS, BARRIERS = 1.0, 8.0  # of an iteration
 SHORTEST_WARNING = 180  # seconds
@@ -44,27 +46,38 @@ class Estimate:
 
 
 def estimate(
-    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1, workload: Workload | None = None
-) -> Estimate:
+    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1, workload: Workload | None = None,
+    memory: int = H100_BYTES,
+) -> Estimate:  # fmt: skip
     """An iteration on so many nodes.
 
     Args:
         cores: of a node, where the device is a CPU.
+        memory: bytes of the accelerator, where the device is one; engines have their KV caches in what the rest leaves of it.
     """
     ranks = num_nodes * config.cluster.ranks_per_node
     layout = ParallelLayout.of(config.policy, architecture, ranks)
     load = workload or Workload.of(config)
     engines = len(config.rollout.engines) or num_nodes * config.rollout.engines_per_node
     threads = max(1, cores // config.cluster.ranks_per_node) if device.on_cpu else 1
-    numbers = max(rank_parameters(architecture, layout, stage).held for stage in range(layout.pipeline))
+    moved = most_bytes(bytes_asleep, config, architecture, layout, not device.on_cpu)
+    shape = engine_shape(config, architecture, layout, device, memory)
     return Estimate(ranks, {
-        "sync": device.seconds(sync_work(config, architecture)),
-        "play": _play_seconds(config, architecture, load, engines, device),
-        "wake": device.seconds(_wake_work(config, numbers, device)),
+        "sync": device.seconds(sync_work(config, architecture, moved)),
+        "play": _play_seconds(config, architecture, load, engines, shape, device),
+        "wake": device.seconds({"hand_over": HAND_OVERS, "save_copy": moved}),
         "train": device.seconds(train_work(config, architecture, layout, load, device), threads),
-        "save": device.seconds(save_work(numbers * STATE_BYTES / layout.data)) / config.checkpoint.every,
+        "save": device.seconds(save_work(most_bytes(bytes_saved, config, architecture, layout))) / config.checkpoint.every,
         "other": device.seconds(_other_work(load, ranks)),
     }, load.trained_tokens())  # fmt: skip
+
+
+def most_bytes(
+    count: Callable[..., int], config: Config, architecture: ModelArchitecture, layout: ParallelLayout, *more: bool
+) -> float:
+    """What the rank has that has most, by `bytes_asleep` or `bytes_saved`."""
+    stages = (rank_parameters(architecture, layout, stage) for stage in range(layout.pipeline))
+    return float(max(count(config.policy, numbers, *more) for numbers in stages))
 
 
 def warning_seconds(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> int:
@@ -73,16 +86,17 @@ def warning_seconds(config: Config, architecture: ModelArchitecture, num_nodes: 
     layout = ParallelLayout.of(config.policy, architecture, num_nodes * config.cluster.ranks_per_node)
     phases = estimate(config, architecture, num_nodes, device, cores).phases
     longest = max(seconds for name, seconds in phases.items() if name != "play")
-    num_bytes = max(rank_parameters(architecture, layout, stage).held for stage in range(layout.pipeline)) * STATE_BYTES / layout.data
+    num_bytes = most_bytes(bytes_saved, config, architecture, layout)
     saves = device.seconds(save_work(num_bytes) | {"save_write": 2.0 * num_bytes})
     return max(SHORTEST_WARNING, 60 * math.ceil((longest + phases["wake"] + saves) / 60.0))
 
 
-def sync_work(config: Config, architecture: ModelArchitecture) -> Work:
-    """The weights' way to the engines, from the policy's going to sleep to the check."""
+def sync_work(config: Config, architecture: ModelArchitecture, moved: float) -> Work:
+    """The weights' way to the engines, from the policy's going to sleep, for which `moved` bytes go to the host, to the check."""
     size = 4.0 if config.policy.precision == "fp32" else 1.0 if config.rollout.weights == "fp8" else 2.0
     return {
         "copy": size * engine_parameters(architecture, 1), "hand_over": HAND_OVERS, "check": float(config.rollout.verify_sync),
+        "save_copy": moved,
     }  # fmt: skip
 
 
@@ -104,44 +118,37 @@ def save_work(num_bytes: float) -> Work:
     return {"save": 1.0, "save_copy": num_bytes}
 
 
-def engine_shape(config: Config, architecture: ModelArchitecture, device: Device) -> EngineShape:
-    """A recipe's engines; how much their KV cache takes is known on a CPU, and on CUDA taken as enough."""
-    kv_tokens = float(config.rollout.max_total_tokens) if device.on_cpu else math.inf
-    size = 4.0 if config.policy.precision == "fp32" else 1.0 if config.rollout.weights == "fp8" else 2.0
-    return EngineShape(config.rollout.tensor_parallel_size, config.rollout.max_running_requests, kv_tokens, size, max(2.0, size))
-
-
-def _play_seconds(config: Config, architecture: ModelArchitecture, load: Workload, engines: int, device: Device) -> float:
-    shape = engine_shape(config, architecture, device)
-    share = load.passages / engines
+def _play_seconds(
+    config: Config, architecture: ModelArchitecture, load: Workload, engines: int, shape: EngineShape, device: Device
+) -> float:
+    share = max(1.0, load.passages / engines)
     batches = load.batches(share, config.rollout.passages_in_flight)
-    seconds = device.seconds(play_work(architecture, shape, batches))
-    rounds = max(1, len(batches) // 2)
-    return seconds + seconds / rounds / 2.0 * (1.0 - 1.0 / engines)
-
-
-def _wake_work(config: Config, numbers: int, device: Device) -> Work:
-    moved = 0.0 if device.on_cpu or config.policy.sleep == "gradients" else numbers * STATE_BYTES
-    return {"hand_over": HAND_OVERS, "save_copy": moved}
+    more = (1.0 - 1.0 / engines) / 2.0  # passages
+    return device.seconds(play_work(architecture, shape, batches)) * (1.0 + more / share)
 
 
 def _other_work(load: Workload, ranks: int) -> Work:
     return {"exchange": load.trained_tokens() * EPISODE_BYTES if ranks > 1 else 0.0, "barrier": BARRIERS * math.log2(max(1, ranks))}
 
 
-def scaling(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> list[Estimate]:
+def scaling(
+    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1, memory: int = H100_BYTES
+) -> list[Estimate]:
     """The same recipe with more nodes and as many more passages, up to 1,024 ranks."""
     found, times = [], 1
     load = Workload.of(config)
     while times == 1 or num_nodes * times * config.cluster.ranks_per_node <= MOST_RANKS:
-        found.append(estimate(config, architecture, num_nodes * times, device, cores, replace(load, passages=load.passages * times)))
+        more = replace(load, passages=load.passages * times)
+        found.append(estimate(config, architecture, num_nodes * times, device, cores, more, memory))
         times *= 2
     return found
 
 
-def table(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> str:
+def table(
+    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1, memory: int = H100_BYTES
+) -> str:
     """What `plan` prints."""
-    rows = scaling(config, architecture, num_nodes, device, cores)
+    rows = scaling(config, architecture, num_nodes, device, cores, memory)
     first = rows[0]
     names = list(first.phases)
     lines = [
@@ -162,4 +169,6 @@ def table(config: Config, architecture: ModelArchitecture, num_nodes: int, devic
     lines.append("(with the nodes, passages grow: weak scaling, modelled)")
     lines.append(f"constants measured: {', '.join(known[True]) or 'none'}")
     lines.append(f"constants assumed or published: {', '.join(known[False]) or 'none'}")
+    layout = ParallelLayout.of(config.policy, architecture, first.ranks)
+    lines += silence_warnings(config, architecture, engine_shape(config, architecture, layout, device, memory), device)
     return "\n".join(lines) + "\n"

@@ -5,8 +5,9 @@ and values of what has been written, and pays for each sequence that is not over
     engine_matmul    2 x weights x prompt tokens, each prompt once (its samples share it), and its attention
     engine_memory    steps x bytes of the weights, and of keys and values: tokens in front of each token decoded
     engine_step, engine_sequence, engine_request    what each costs besides
-Where more sequences are asked for than fit (`max_running_requests`, the KV cache), they are decoded in waves: so many times the
-steps. Challenger and Reasoner of a passage follow each other; passages that are in flight share a batch.
+Where more sequences are asked for than fit (`max_running_requests`, the KV cache, which has a prompt once for its samples), they
+are decoded in waves: so many times the steps. Challenger and Reasoner of a passage follow each other; passages that are in flight
+share a batch.
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ class EngineShape:
     weight_bytes: float = 2.0
     cache_bytes: float = 2.0
 
+    def fitting(self, batch: Batch) -> float:
+        """How many sequences like these are decoded at a time."""
+        count = max(1, len(batch.lengths))
+        tokens = (batch.prompt * batch.requests + sum(batch.lengths)) / count
+        return min(self.most_sequences, max(1.0, self.kv_tokens / max(1.0, tokens)))
+
 
 def batch_work(architecture: ModelArchitecture, engine: EngineShape, batch: Batch) -> Work:
     """One batch on each of the engine's ranks."""
     a, cost = architecture, Cost.of(architecture)
     tokens, longest = sum(batch.lengths), max(batch.lengths, default=0.0)
     mean = tokens / max(1, len(batch.lengths))
-    fitting = min(engine.most_sequences, max(1.0, engine.kv_tokens / (batch.prompt + mean)))
-    waves = max(1.0, len(batch.lengths) / fitting)
+    waves = max(1.0, len(batch.lengths) / engine.fitting(batch))
     steps = longest + (waves - 1.0) * mean
     weights = engine_parameters(a, engine.ranks) * engine.weight_bytes
     keys = 2.0 * a.num_layers * a.num_query_groups * a.head_dim / engine.ranks * engine.cache_bytes

@@ -20,11 +20,13 @@ from typing import Literal
 from megatron_spice.config.engine_weights import BLOCK, fp8_layers
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.layout import ParallelLayout
-from megatron_spice.config.schema import Config
+from megatron_spice.config.schema import Config, PolicyConfig, Precision
 from megatron_spice.policy.activations import SCALE, activations
-from megatron_spice.policy.parameter_count import engine_layer_matrices, engine_parameters, rank_parameters
+from megatron_spice.policy.parameter_count import RankParameters, engine_layer_matrices, engine_parameters, rank_parameters
 
 GIB = 2**30
+H100_BYTES = 81559 * 2**20
+"""What nvidia-smi says of an H100 with 80 GB: assumed where there is no accelerator to ask."""
 BUCKETS = {"cuda": 4, "cpu": 2}
 """Buckets that exist at a time: on CUDA one gathered, one on its way and its copy, and slices; on a CPU a parcel's blocks."""
 
@@ -108,18 +110,43 @@ def budget(
     return of_a_device(config, architecture, layout, device, ranks, longest)
 
 
+def bytes_asleep(policy: PolicyConfig, numbers: RankParameters, cuda: bool) -> int:
+    """What a rank copies to host memory when it goes to sleep, and back when it wakes: gradients are none of it."""
+    if policy.sleep == "gradients" or (policy.sleep == "auto" and not cuda):
+        return 0
+    state = numbers.stepped * _state_bytes(policy.precision)
+    return numbers.held * _weight_bytes(policy.precision) + state - round(state * policy.optimizer_offload)
+
+
+def bytes_saved(policy: PolicyConfig, numbers: RankParameters) -> int:
+    """What a rank writes of a checkpoint: of what several ranks hold each its part."""
+    return numbers.stepped * saved_bytes(policy.precision)
+
+
+def saved_bytes(precision: Precision) -> int:
+    """Of one number of the model in a checkpoint: weight, master weight, two moments. In float32 a weight is its own master."""
+    return 12 if precision == "fp32" else 14
+
+
+def _state_bytes(precision: Precision) -> int:
+    return 8 if precision == "fp32" else 12  # two moments, and a float32 copy of 16-bit weights
+
+
+def _weight_bytes(precision: Precision) -> int:
+    return 4 if precision == "fp32" else 2
+
+
 def _policy(
     config: Config, architecture: ModelArchitecture, layout: ParallelLayout, device: Device, stage: int, row: int
 ) -> list[Part]:
     """What a rank of a stage takes by itself, and the host memory of an accelerator's rank under names with a star."""
     policy, cuda = config.policy, device.kind == "cuda"
     held = rank_parameters(architecture, layout, stage)
-    width = 4 if policy.precision == "fp32" else 2
-    weights, gradients = held.held * width, held.held * 4
-    state = held.stepped * (8 if policy.precision == "fp32" else 12)  # two moments, and a float32 copy of 16-bit weights
+    weights, gradients = held.held * _weight_bytes(policy.precision), held.held * 4
+    state = held.stepped * _state_bytes(policy.precision)
     away = round(state * policy.optimizer_offload)
-    sleeps = policy.sleep == "all" or (policy.sleep == "auto" and cuda)
-    at_rest = 0 if sleeps and cuda else 1  # on a CPU copies lie in the same memory
+    asleep = bytes_asleep(policy, held, cuda)
+    at_rest = 0 if asleep and cuda else 1  # on a CPU copies lie in the same memory
     parts = [
         Part("weights", weights, weights, at_rest * weights),
         Part("gradients", gradients),
@@ -131,13 +158,12 @@ def _policy(
         copies = round(2 * SCALE * sum(count for layer, count in held.linear.items() if layer in inside))
         parts.append(Part("FP8 copies of weights", copies, at_rest * copies, at_rest * copies))  # by rows and by columns
     reference = 0 if policy.kl_coefficient is None else weights
-    # Of what several ranks hold each saves its part. In float32 a weight is its own master.
-    saved = held.stepped * (12 if policy.precision == "fp32" else 14)
+    saved = bytes_saved(policy, held)
     if not cuda:
         beside = (_always("a checkpoint being written", saved), _always("reference weights", reference))
         return [*parts, *beside, _always("ranks' processes", POLICY_CONTEXT["cpu"])], {}
     host = {
-        "copies of what sleeps": weights + state - away if sleeps else 0,
+        "copies of what sleeps": asleep,
         "a checkpoint being written": saved,
         "reference weights": reference,
         "offloaded optimiser": away * 16 // 12,  # and gradients for it
@@ -224,7 +250,7 @@ def _bucket(config: Config, architecture: ModelArchitecture) -> int:
 
 
 def _width(config: Config) -> int:
-    return 4 if config.policy.precision == "fp32" else 2
+    return _weight_bytes(config.policy.precision)
 
 
 def _always(name: str, num_bytes: int) -> Part:

@@ -102,10 +102,11 @@ def test_data_parallel_ranks_write_equally_much(saved):
     assert len(sizes) == 4 and max(sizes) < 1.2 * min(sizes)
 
 
-def test_a_checkpoint_takes_the_room_that_is_asked_for(saved):
-    tensors = _tensors(saved / "tensor 2, data 2, bf16" / "ours")
+@pytest.mark.parametrize("layout, precision", [("tensor 2, data 2, bf16", "bf16"), ("data 4", "fp32")])
+def test_a_checkpoint_takes_the_room_that_is_asked_for(saved, layout, precision):
+    tensors = _tensors(saved / layout / "ours")
     [model] = (saved / "models").glob("dense")
-    rooms = {"run": {"dir": saved / "run"}, "corpus": {"path": "/"}, "policy": {"model": model, "precision": "bf16"}}
+    rooms = {"run": {"dir": saved / "run"}, "corpus": {"path": "/"}, "policy": {"model": model, "precision": precision}}
     config, architecture = Config.model_validate({**rooms, "checkpoint": {"keep": 3}}), read_architecture(model)
     one = sum(tensor.nbytes for tensor in tensors.values())
     assert checkpoint_room.checkpoint_bytes(config, architecture) == pytest.approx(one, rel=0.01)
