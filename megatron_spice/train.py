@@ -90,9 +90,10 @@ def _iterate(run: Run, iteration: int) -> None:
         baselines = run.baselines.metrics() if run.baselines is not None else {}
         engines = {"engines/restarts": run.engine_restarts}
         audited = run.audit.metrics(episodes) if run.audit is not None else {}
+        saved = run.checkpointer.news()
         metrics = {
             **game.metrics(episodes), **audited, **played, **baselines, **update, **synced, **woken, **memory, **engines, **speed,
-            **seconds, **everyone,
+            **seconds, **saved, **everyone,
         }  # fmt: skip
         run.log.episodes([game.episode_record(episode) for episode in episodes])
         run.log.iteration(iteration, config.train.iterations, metrics)

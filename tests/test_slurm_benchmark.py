@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_recipe import tiny_recipe
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "slurm" / "benchmark.sh"
 sys.path.insert(0, str(ROOT / "tools"))
+import node_benchmark  # noqa: E402
 import node_report  # noqa: E402
 
 ALONE = ["cluster.ranks_per_node=1", "policy.pipeline_parallel_size=1", "rollout.threads=1"]
@@ -70,7 +73,7 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
         exports = f"ALL,SPICE_VENV={sys.prefix},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1"
         number = slurm.client(
             "sbatch", "--parsable", "--nodes=2", f"--export={exports}", f"--output={log}", str(SCRIPT), "--nodes-list", "1,2",
-            "--iterations", "1", "--output", str(output), str(recipe), *ALONE, cwd=ROOT,
+            "--iterations", "3", "--output", str(output), str(recipe), *ALONE, cwd=ROOT,
         ).strip()  # fmt: skip
         ended = slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=500)
         assert ended["JobState"] == "COMPLETED", log.read_text()[-4000:]
@@ -79,15 +82,24 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
     assert report.counts[0].efficiency == 1.0 and 0 < report.counts[1].efficiency < 2
     for each in report.counts:
         assert set(each.suites) == SUITES and all(one.values for suite in each.suites.values() for one in suite.values())
-        assert sum(each.phases.values()) == pytest.approx(each.suites["iteration"]["seconds"].median, rel=0.05)
+        assert len(each.suites["checkpoint"]["waited_seconds"].values) == 1, "one of three iterations follows a save"
+        checkpoint = output / f"nodes-{each.count}" / "checkpoints" / "iteration_0000004"
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*.distcp"))
+        assert each.suites["checkpoint"]["gib"].median * 2**30 == pytest.approx(size, rel=0.05)
+        seconds = each.suites["iteration"]["seconds"].values
+        assert 0.7 * min(seconds) < sum(each.phases.values()) < 1.3 * max(seconds), "medians of three iterations, on a busy machine"
     assert report.seed == 5 and report.revision and report.versions["torch"]
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     text = node_report.comparison(report, report)
     assert "warning" not in text and "worse" not in text and "1.000" in text
 
 
+def measured(seconds: list[float]) -> node_report.Measurement:
+    return node_report.Measurement(values=seconds, unit="s", better="less")
+
+
 def made(seconds: list[float], seed: int = 0) -> node_report.Report:
-    suite = {"iteration": {"seconds": node_report.Measurement(values=seconds, unit="s", better="less")}}
+    suite = {"iteration": {"seconds": measured(seconds)}}
     count = node_report.Count(count=1, ranks=1, passages=4, suites=suite, phases={}, predicted={}, efficiency=1.0)
     return node_report.Report(
         date="2026-01-01", command="", revision="0" * 40, seed=seed, unit="nodes", machine={}, versions={}, recipe="", counts=[count]
@@ -102,10 +114,51 @@ def test_a_comparison_tells_noise_from_change():
     assert "better" not in noise and "worse" not in noise and "differ in seed" in noise
 
 
+@pytest.mark.parametrize("before, after", [([1.0], [1.01]), ([1.0], [9.0]), ([1.0, 1.0], [2.0, 2.0]), ([1.0], [2.0] * 9)])
+def test_nothing_is_said_of_a_few_values(before, after):
+    said = node_report.comparison(made(before), made(after))
+    assert "below 3 values" in said and "better" not in said and "worse" not in said
+
+
+@pytest.mark.parametrize("here, there, scatter", [(3, 3, 1.0), (5, 5, 1.0), (3, 9, 1.0), (5, 5, 4.0), (4, 8, 0.25)])
+def test_what_has_not_changed_is_seldom_said_to_have(here, there, scatter):
+    """Of two equal distributions at most one comparison in twenty and a little is flagged, also where one side scatters more."""
+    rng, flagged, tries = random.Random(0), 0, 1000
+    for _ in range(tries):
+        sides = [[10.0 * math.exp(rng.gauss(0.0, 0.03 * width)) for _ in range(count)] for count, width in ((here, 1.0), (there, scatter))]
+        _, low, high = node_report.ratio_bounds(*sides)
+        flagged += not low <= 1.0 <= high
+    assert flagged / tries <= 0.07
+
+
+def test_a_change_of_a_tenth_is_seen_in_five_iterations():
+    """Where they scatter by 3 %, nearly always."""
+    rng, seen = random.Random(1), 0
+    for _ in range(200):
+        before, after = ([seconds * math.exp(rng.gauss(0.0, 0.03)) for _ in range(5)] for seconds in (10.0, 11.0))
+        seen += node_report.verdict(measured(before), measured(after)) == "worse"
+    assert seen > 180
+
+
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=9), st.floats(0.1, 10))
 def test_the_bounds_hold_the_ratio(values, factor):
     middle, low, high = node_report.ratio_bounds(values, [factor * value for value in values])
     assert middle == pytest.approx(factor) and low <= middle * (1 + 1e-9) and high >= middle * (1 - 1e-9)
+
+
+def test_a_suite_of_saves_has_what_followed_one():
+    """Each other iteration is saved: the lines of the next have its seconds, and the others' `save` is a look whether it is written."""
+    line = {"challenger/attempts": 8, "challenger/length": 9, "seconds/play": 1.0, "policy/tokens": 9, "seconds/train": 1.0}
+    lines = [{**line, "iteration": number, "seconds/save": 0.5 if number % 2 else 0.001} for number in range(2, 8)]
+    lines[2] |= {"save/write_seconds": 3.0, "save/gib": 2.0}
+    found = node_benchmark.suites(lines, 8, 2)["checkpoint"]
+    assert [found[name].values for name in ("waited_seconds", "write_seconds", "gib")] == [[0.5] * 3, [3.0], [2.0]]
+
+
+@pytest.mark.parametrize("iterations, told", [(1, 1), (3, 2), (9, 2)])
+def test_saves_are_made_as_the_recipe_says_and_one_is_measured(recipe, tmp_path, capsys, iterations, told):
+    arguments = ["overrides", "--unit", "ranks", "--count", "2", "--iterations", str(iterations), "--output", str(tmp_path / "out"), str(recipe)]
+    assert node_benchmark.main(arguments) == 0 and f"checkpoint.every={told}\n" in capsys.readouterr().out
 
 
 def test_another_file_is_refused(tmp_path):

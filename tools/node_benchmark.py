@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The two ends of slurm/benchmark.sh: what each of its runs has to override, and what they measured together.
 
-Weak scaling: a run on N nodes (or ranks of one machine) has N times the recipe's passages. The first iteration is not counted;
-the last but one is followed by a checkpoint, whose seconds the last one has.
+Weak scaling: a run on N nodes (or ranks of one machine) has N times the recipe's passages. The first iteration is not counted.
+Checkpoints are made as often as the recipe says, and after the last but one iteration at the latest: the next one has the seconds
+that it waited for it, and those in which it was written.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(options: argparse.Namespace) -> int:
     """Prints what the run of one number overrides, the user's own first; checks the recipe so."""
     config = load_config(options.recipe, options.overrides)
+    every = min(config.checkpoint.every, options.iterations)
     made = list(options.overrides)
     made += [
         f"run.dir={run_dir(options.output, options.unit, options.count)}", f"train.passages={config.train.passages * options.count}",
-        f"train.iterations={options.iterations + 1}", f"checkpoint.every={max(1, options.iterations)}", "checkpoint.resume=never",
+        f"train.iterations={options.iterations + 1}", f"checkpoint.every={every}", "checkpoint.resume=never",
     ]  # fmt: skip
     if options.unit == "ranks":
         made.append(f"cluster.ranks_per_node={options.count}")
@@ -119,14 +121,15 @@ def measured(output: Path, unit: str, count: int, config: Config) -> Count:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()][1:]
     ranks = count * config.cluster.ranks_per_node if unit == "nodes" else count
     phases = {name: statistics.median(line.get(f"seconds/{name}", 0.0) for line in lines) for name in PHASES}
+    every = min(config.checkpoint.every, len(lines))
     return Count(
-        count=count, ranks=ranks, passages=config.train.passages * count, suites=suites(lines, config.game.group_size), phases=phases,
+        count=count, ranks=ranks, passages=config.train.passages * count, suites=suites(lines, config.game.group_size, every), phases=phases,
         predicted=_predicted(config, unit, count), efficiency=1.0,
     )  # fmt: skip
 
 
-def suites(lines: Sequence[dict[str, Any]], group: int) -> dict[str, dict[str, Measurement]]:
-    """The five suites by what the run's metrics say; `group` answers were written to each task."""
+def suites(lines: Sequence[dict[str, Any]], group: int, every: int) -> dict[str, dict[str, Measurement]]:
+    """The five suites by what the run's metrics say; `group` answers were written to each task, each `every` iterations a checkpoint."""
 
     def series(name: str, unit: str, better: str = "less") -> Measurement:
         return Measurement(values=[line[name] for line in lines if line.get(name) is not None], unit=unit, better=better)
@@ -137,7 +140,7 @@ def suites(lines: Sequence[dict[str, Any]], group: int) -> dict[str, dict[str, M
     ]  # fmt: skip
     rate = [tokens / line["seconds/play"] for tokens, line in zip(generated, lines)]
     trained = [line["policy/tokens"] / line["seconds/train"] for line in lines]
-    saved = [line["seconds/save"] for line in lines if line.get("seconds/save", 0.0) > 0.0]
+    waited = [line["seconds/save"] for line in lines if (line["iteration"] - 1) % every == 0]  # in the others for nothing
     return {
         "iteration": {
             "seconds": series("seconds/iteration", "s"), "tokens_per_second": series("tokens_per_second", "1/s", "more"),
@@ -149,7 +152,10 @@ def suites(lines: Sequence[dict[str, Any]], group: int) -> dict[str, dict[str, M
             "seconds": series("seconds/sync", "s"), "push_seconds": series("sync/push_seconds", "s"),
             "gib_per_second": series("sync/gib_per_second", "GiB/s", "more"), "times_a_copy": series("sync/times_a_copy", ""),
         },
-        "checkpoint": {"waited_seconds": Measurement(values=saved[-1:], unit="s", better="less")},
+        "checkpoint": {
+            "waited_seconds": Measurement(values=waited, unit="s", better="less"), "write_seconds": series("save/write_seconds", "s"),
+            "gib": series("save/gib", "GiB"),
+        },
     }  # fmt: skip
 
 
@@ -158,13 +164,15 @@ def _predicted(config: Config, unit: str, count: int) -> dict[str, float]:
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.cost.device import default_file, read_device
     from megatron_spice.cost.estimate import estimate
+    from megatron_spice.policy.memory_budget import H100_BYTES
 
     changed = config.model_copy(update={"train": config.train.model_copy(update={"passages": config.train.passages * count})})
     if unit == "ranks":
         changed = changed.model_copy(update={"cluster": config.cluster.model_copy(update={"ranks_per_node": count})})
     device = read_device(default_file(machine.device(config.cluster.device)))
-    nodes = count if unit == "nodes" else 1
-    return estimate(changed, read_architecture(config.policy.model), nodes, device, machine.usable_cores()).phases
+    nodes, shape = count if unit == "nodes" else 1, read_architecture(config.policy.model)
+    memory = min((gpu.memory_mib * 2**20 for gpu in machine.accelerators()), default=H100_BYTES)
+    return estimate(changed, shape, nodes, device, machine.usable_cores(), memory=memory).phases
 
 
 if __name__ == "__main__":

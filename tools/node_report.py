@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,15 @@ from typing import Any, Literal
 from benchmark_options import columns, refuse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_spice.report.change import difference_interval
+
 FORMAT = 1
-DRAWS = 1000
+FEWEST = 3
+"""Values on either side, below which nothing is said about a change: how much two values scatter, nobody knows from them."""
+EXPLANATION = (
+    "geometric means of the iterations; 95 %: Student's interval of their ratio (Welch), outside of which lies one in twenty of what has "
+    "not changed. Other nodes or another day make a difference besides."
+)
 
 
 class _Form(BaseModel):
@@ -30,6 +37,11 @@ class Measurement(_Form):
     @property
     def median(self) -> float:
         return statistics.median(self.values)
+
+    @property
+    def mean(self) -> float:
+        """The geometric one."""
+        return math.exp(statistics.fmean(map(math.log, self.values)))
 
 
 class Count(_Form):
@@ -67,18 +79,26 @@ def read_report(path: Path) -> Report:
         refuse(f"{path} is no result of slurm/benchmark.sh: {str(error).splitlines()[0]}")
 
 
-def ratio_bounds(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """after / before of the medians, and what 95 of 100 redraws of the iterations lie between."""
-    rng = random.Random(seed)
-    drawn = sorted(
-        statistics.median(rng.choices(after, k=len(after))) / statistics.median(rng.choices(before, k=len(before))) for _ in range(DRAWS)
-    )
-    middle = statistics.median(after) / statistics.median(before)
-    return middle, drawn[int(0.025 * DRAWS)], drawn[int(0.975 * DRAWS) - 1]
+def ratio_bounds(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """after / before of the geometric means, and its 95 % interval: Student's of their logarithms, each side with a scatter of its own
+    (Welch). Infinitely wide where a side has a single value."""
+    logs = [[math.log(value) for value in side] for side in (before, after)]
+    low, high = difference_interval(*logs)
+    return math.exp(statistics.fmean(logs[1]) - statistics.fmean(logs[0])), math.exp(low), math.exp(high)
+
+
+def verdict(mine: Measurement, its: Measurement) -> str:
+    """What a comparison says: "better", "worse", "" where it may be chance, or that there is too little to say."""
+    if min(len(mine.values), len(its.values)) < FEWEST:
+        return f"below {FEWEST} values"
+    middle, low, high = ratio_bounds(mine.values, its.values)
+    if low <= 1.0 <= high:
+        return ""
+    return "better" if (middle < 1.0) == (mine.better == "less") else "worse"
 
 
 def comparison(first: Report, second: Report) -> str:
-    """Ratios second / first of everything that both have measured, with noise bounds and what they say."""
+    """Ratios second / first of everything that both have measured, with intervals and what they say."""
     lines = [f"{first.revision} of {first.date} against {second.revision} of {second.date}"]
     for name in ("machine", "versions", "recipe", "seed", "unit"):
         if getattr(first, name) != getattr(second, name):
@@ -90,13 +110,11 @@ def comparison(first: Report, second: Report) -> str:
         for suite, measurements in count.suites.items():
             for name, mine in measurements.items():
                 its = other.suites.get(suite, {}).get(name) if other else None
-                if its is None or not mine.values or not its.values or not mine.median or min(mine.values) <= 0:
+                if its is None or not mine.values or not its.values or min(*mine.values, *its.values) <= 0:
                     continue
                 middle, low, high = ratio_bounds(mine.values, its.values)
-                changed = low > 1.0 or high < 1.0
-                verdict = "" if not changed else "better" if (middle < 1.0) == (mine.better == "less") else "worse"
                 rows.append([
-                    str(count.count), suite, f"{name} [{mine.unit}]", f"{mine.median:.4g}", f"{its.median:.4g}", f"{middle:.3f}",
-                    f"{low:.3f} to {high:.3f}", verdict,
+                    str(count.count), suite, f"{name} [{mine.unit}]", f"{mine.mean:.4g}", f"{its.mean:.4g}", f"{middle:.3f}",
+                    f"{low:.3f} to {high:.3f}" if math.isfinite(high) else "-", verdict(mine, its),
                 ])  # fmt: skip
-    return "\n".join([*lines, columns(rows)])
+    return "\n".join([*lines, columns(rows), EXPLANATION])

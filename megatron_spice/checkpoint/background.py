@@ -114,8 +114,8 @@ class Ranks:
 def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     """Makes a checkpoint of what all ranks hold in host memory; a collective of theirs.
 
-    Returns: seconds of its parts: `begin`, `file`, and `finish`, which on a rank that is done early is a wait for the others; and
-    of the processor that this thread has used, `processor`.
+    Returns: seconds of its parts: `begin`, `file`, and `finish`, which on a rank that is done early is a wait for the others; those
+    of all of it, `write`, and of the processor that this thread has used, `processor`; and the `bytes` that all ranks have written.
 
     Raises:
         OSError: it could not be made, on any rank, and what there was of it is removed.
@@ -143,7 +143,7 @@ def write(target: Target, held: Holdings, ranks: Ranks) -> dict[str, float]:
     ranks.first_does(finish)
     times.append(time.perf_counter())
     seconds = {name: end - start for name, (start, end) in zip(("begin", "file", "finish"), pairwise(times))}
-    return seconds | {"processor": time.thread_time() - used}
+    return seconds | {"write": times[-1] - times[0], "processor": time.thread_time() - used, "bytes": float(sum(sizes))}
 
 
 def _reason(error: Exception) -> str:

@@ -60,11 +60,12 @@ class Checkpointer:
         self.config = config
         self.hf_files = hf_files
         self.owner = owner
-        self.seconds: dict[str, float] = {}  # of the last save's parts: `snapshot`, and those of `background.write`
+        self.seconds: dict[str, float] = {}  # of the last save's parts: `snapshot`, and what `background.write` returns
         self.num_bytes = 0  # that this rank writes of tensors
         self._snapshot = Snapshot()
         self._ranks = Ranks(dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
         self._pending: BackgroundWrite | None = None
+        self._news: dict[str, float] = {}
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint to resume from, None for a fresh start (or with checkpoint.resume=never)."""
@@ -117,7 +118,15 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         pending.join()
         self.seconds |= pending.seconds
-        return pending.result()
+        saved = pending.result()
+        self._news = {"save/write_seconds": self.seconds["write"], "save/gib": self.seconds["bytes"] / 2**30}
+        return saved
+
+    def news(self) -> dict[str, float]:
+        """Metrics of a save that was finished since this was last asked: how long it was written for, beside the run, and what all
+        ranks wrote."""
+        news, self._news = self._news, {}
+        return news
 
     def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
         """`begin` and `finish` at once."""

@@ -28,7 +28,7 @@ def save_while_learning(model: Path, run_dir: Path, trajectories: list, layout: 
         saved = checkpointer.finish(wait=True)
         load_tensors(policy, saved, with_optimizer=True)
         again = [policy.update(trajectories)["policy/loss"] for _ in range(2)]
-        return {"early": early, "then": then, "again": again}
+        return {"early": early, "then": then, "again": again, "news": checkpointer.news(), "later": checkpointer.news()}
 
 
 def save_to_a_full_disk(model: Path, run_dir: Path, layout: dict[str, Any]) -> str:

@@ -20,10 +20,14 @@ def model(tmp_path_factory) -> Path:
 
 def test_a_run_that_goes_on_while_it_is_saved(model, tmp_path):
     """Data parallel: the optimiser is divided among the ranks."""
-    for found in run_ranks(2, ON_RANKS, "save_while_learning", model, tmp_path / "run", some_trajectories(), {}):
+    ranks = run_ranks(2, ON_RANKS, "save_while_learning", model, tmp_path / "run", some_trajectories(), {})
+    [whole] = store.whole_checkpoints(store.folder_of(tmp_path / "run"))
+    on_disk = sum(file.stat().st_size for file in whole.rglob("*.distcp"))
+    for found in ranks:
         assert found["early"] is None, "the disk was to be slow"
         assert found["again"] == found["then"], "the checkpoint holds what the policy became later"
-    [whole] = store.whole_checkpoints(store.folder_of(tmp_path / "run"))
+        assert found["news"]["save/write_seconds"] > 1.0 and found["news"]["save/gib"] * 2**30 == pytest.approx(on_disk, rel=0.05)
+        assert found["later"] == {}, "a save is told of once"
     assert store.read_state(whole) == {"iteration": 1, "counter": {"drawn": 7}}
 
 
