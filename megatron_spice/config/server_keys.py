@@ -16,6 +16,7 @@ ALWAYS = frozenset({
 ON = {
     "cpu": frozenset({
         "device", "attention_backend", "sampling_backend", "disable_overlap_schedule", "max_total_tokens", "sleep_on_idle",
+        "dp_size", "detokenizer_worker_num",
     }),
     "cuda": frozenset({"base_gpu_id", "enable_memory_saver"}),
 }  # fmt: skip

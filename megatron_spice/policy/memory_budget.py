@@ -32,7 +32,7 @@ BUCKETS = {"cuda": 4, "cpu": 2}
 
 # Assumed, not measured by this house. CUDA: contexts, communication and library workspaces; what an engine computes in, of
 # which captured graphs stay while it sleeps. CPU: interpreter and libraries of a rank, and of an engine's three processes,
-# which share most of them (0.8 GiB measured, `tests/rollout/test_engine.py`).
+# which share most of them (0.8 GiB measured; that they do is tested, `tests/rollout/test_engine.py`).
 POLICY_CONTEXT = {"cuda": 2 * GIB, "cpu": GIB // 2}
 ENGINE_CONTEXT = {"cuda": GIB // 2, "cpu": GIB}
 ENGINE_WORKS = {"cuda": 2 * GIB, "cpu": GIB // 4}

@@ -99,6 +99,10 @@ def server_settings(
         "max_total_tokens": config.max_total_tokens,
         # Between requests and while the trainer works the scheduler must not poll.
         "sleep_on_idle": True,
+        # Of more, processes between would be in charge, which do not know that they are forked (`sglang_server.py`). More of the
+        # first are a recipe's rollout.engines_per_node.
+        "dp_size": 1,
+        "detokenizer_worker_num": 1,
     }
     threads = threads_per_rank(config)
     settings = {"server": _with_more(server, config, topology), "cpu_threads": threads}

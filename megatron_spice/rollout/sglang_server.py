@@ -42,6 +42,7 @@ def prepare_cpu_process(threads: int) -> None:
         OMP_WAIT_POLICY="PASSIVE",
         GOMP_SPINCOUNT="10000",
         OMP_NUM_THREADS=str(threads),
+        OPENBLAS_NUM_THREADS="1",  # numpy's own library would start its threads when it is imported: see `fork_workers`
     )
     if str(STUBS) not in sys.path:
         sys.path.insert(0, str(STUBS))
@@ -64,21 +65,36 @@ class _WhenReady:
 
 
 def fork_workers() -> None:
-    """SGLang's processes are forked from here on. Not with an accelerator: CUDA does not survive a fork."""
-    from sglang.srt.entrypoints import engine
+    """SGLang forks what it launches from here on, where it would spawn. Not with an accelerator: CUDA does not survive a fork."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    configure = engine._set_envs_and_config
+    for launch in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
+        HookRegistry.register(f"sglang.srt.entrypoints.engine.Engine.{launch}", forking, HookType.AROUND)
+    HookRegistry.apply_hooks()
 
-    def configure_and_fork(*arguments: Any) -> None:
-        configure(*arguments)  # chooses "spawn"
-        if len(os.listdir("/proc/self/task")) == 1:  # another thread might hold a lock that the copy would wait for forever
-            multiprocessing.set_start_method("fork", force=True)
 
-    engine._set_envs_and_config = configure_and_fork
+def forking(launch: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """Calls `launch` with "fork" as multiprocessing's way to start processes, if no thread but this one is there.
+
+    Another might hold a lock that the copy would wait for forever. So it is looked at here, after all that SGLang does before.
+    """
+    if (num_threads := len(os.listdir("/proc/self/task"))) > 1:
+        print(
+            f"the server has {num_threads} threads already: its processes are not forked, and import for themselves "
+            "(8 seconds of a core and half a gigabyte each)", flush=True,
+        )  # fmt: skip
+        return launch(*arguments, **more)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        return launch(*arguments, **more)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def _begin_worker() -> None:
     """What a forked process has to undo or repeat; for a spawned one nothing changes."""
+    multiprocessing.set_start_method("spawn", force=True)  # it has threads soon
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # SGLang has the server end its children with it by now
     if parent := multiprocessing.parent_process():
         die_with_parent(parent.pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ TEXT = "Ghana exports gold and cocoa. Its capital is Accra. Which river feeds th
 
 @pytest.fixture(scope="session")
 def new_engine(tiny_model: Path) -> Callable[..., SglangEngine]:
-    """Makes an engine that is not launched: `new_engine(log path, model=the tiny one)`."""
+    """Makes an engine that is not launched: `new_engine(log path, model=the tiny one, threads=1)`."""
 
-    def make(log: Path, model: Path = tiny_model) -> SglangEngine:
-        small = RolloutConfig(threads=1, max_total_tokens=4096, max_running_requests=32, request_timeout=60.0)
-        return SglangEngine(small, Topology(), "fp32", model, log, load_format="auto")
+    def make(log: Path, model: Path = tiny_model, threads: int = 1, **more: Any) -> SglangEngine:
+        small = RolloutConfig(threads=threads, max_total_tokens=4096, max_running_requests=32, request_timeout=60.0)
+        return SglangEngine(small, Topology(), "fp32", model, log, load_format="auto", **more)
 
     return make
 

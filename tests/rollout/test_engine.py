@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from megatron_spice.game.records import Completion, Sampling
 from megatron_spice.rollout.client import EngineClient
 from megatron_spice.rollout.engine import EngineError, EngineRefused
 from megatron_spice.rollout.supervisor import SglangEngine
+from tests.rollout.processes import assert_forked
 
 PROMPT = [40, 41, 50, 60, 70, 45]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -245,9 +245,4 @@ def test_proxy_variables_are_ignored(engine: SglangEngine, monkeypatch: pytest.M
 
 
 def test_its_processes_share_what_the_server_has_imported(engine: SglangEngine) -> None:
-    """Importing SGLang takes each of them as long as the server otherwise. (Spawned ones would have a tracker beside them, too.)"""
-    server = psutil.Process(engine.pid)
-    children = {process.name()[:14]: process for process in server.children(recursive=True)}
-    assert set(children) == {"sglang::schedu", "sglang::detoke"}
-    used, imported = children["sglang::detoke"].cpu_times().user, server.cpu_times().user
-    assert used < 0.5 * imported, f"{used} s of a processor beside the server's {imported}"
+    assert_forked(engine)

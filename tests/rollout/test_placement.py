@@ -46,6 +46,10 @@ def test_more_of_the_servers_settings_can_be_given_but_not_those_that_others_rel
         for name in ("port", "load_format", "api_key"):
             with pytest.raises(ConfigError, match=f"rollout.server.{name}=1 is set by this program"):
                 settings(device, server={name: 1})
+    for name in ("dp_size", "detokenizer_worker_num"):  # what they start could not be forked
+        assert settings("cuda", server={name: 2})["server"][name] == 2
+        with pytest.raises(ConfigError, match=f"rollout.server.{name}=2 is set by this program"):
+            settings("cpu", server={name: 2})
 
 
 def test_the_settings_that_a_recipe_may_not_give_are_those_that_are_made() -> None:

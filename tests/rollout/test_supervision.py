@@ -16,7 +16,7 @@ import pytest
 from megatron_spice.game.records import Sampling
 from megatron_spice.rollout.engine import EngineError
 from megatron_spice.rollout.supervisor import SglangEngine
-from tests.rollout.processes import processes, shared_memory
+from tests.rollout.processes import assert_forked, processes, shared_memory
 
 NewEngine = Callable[..., SglangEngine]
 
@@ -68,13 +68,15 @@ def test_killing_the_trainer_leaves_no_server_and_no_shared_memory(tiny_model: P
 
 
 def test_a_server_that_somebody_ends_while_it_starts_is_started_once_more(new_engine: NewEngine, tmp_path: Path, capfd) -> None:
-    engine = new_engine(tmp_path / "engine.log")
+    """(With two threads: nothing that the server imports may have begun to use them by the time that it forks its processes.)"""
+    engine = new_engine(tmp_path / "engine.log", threads=2)
     try:
         engine.launch()
         first = engine.pid
         assert first is not None
         os.kill(first, signal.SIGTERM)
         engine.wait_ready()
+        assert_forked(engine)
         assert engine.pid not in (None, first) and gone(first) and engine.weight_version() == "default"
         assert "ended by SIGTERM while it started" in capfd.readouterr().out
         engine.launch()
