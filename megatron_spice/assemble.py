@@ -301,7 +301,9 @@ def _make_pool(
             log_path = config.run.dir / "logs" / f"engine_{topology.node_rank}_{number}.log"
             fp8 = rollout.weights == "fp8"
             told = quantization_config(config.policy, read_architecture(config.policy.model)) if fp8 else None
-            engines.append(make_engine(rollout, topology, config.policy.precision, hf_files, log_path, quantization=told))
+            engines.append(make_engine(
+                rollout, topology, config.policy.precision, hf_files, log_path, quantization=told, is_ending=interruption.noted,
+            ))  # fmt: skip
             numbers.append(topology.node_rank * rollout.engines_per_node + number)
     asked = challenger.wording(config, tokenizer)
     context = rollout.context_length or read_architecture(config.policy.model).max_position_embeddings
@@ -309,7 +311,7 @@ def _make_pool(
         challenger.check_context(config, reasoner, context)
     if config.game.fixed_challenger:
         moved = config.model_copy(update={"rollout": rollout})
-        beside = challenger.engines_beside(moved, topology, numbers, tokenizer)
+        beside = challenger.engines_beside(moved, topology, numbers, tokenizer, interruption.noted)
         engines = [TwoEngines(policy, fixed) for policy, fixed in zip(engines, beside)]
     verifier = Verifier(config.game.verifier)
     play = functools.partial(

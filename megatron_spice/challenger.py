@@ -10,7 +10,7 @@ model is served elsewhere and named in `rollout.challenger.engines`, as the *Str
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -54,7 +54,9 @@ def wording(config: Config, tokenizer: TextTokenizer) -> Wording | None:
         raise ConfigError(f"rollout.challenger.tokenizer={named}: {error}") from error
 
 
-def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], tokenizer: TextTokenizer) -> list[Engine]:
+def engines_beside(
+    config: Config, topology: Topology, numbers: Sequence[int], tokenizer: TextTokenizer, is_ending: Callable[[], bool]
+) -> list[Engine]:
     """An engine for each of this rank's, which have these numbers among all of the run's. A collective of all ranks.
 
     Raises:
@@ -65,7 +67,7 @@ def engines_beside(config: Config, topology: Topology, numbers: Sequence[int], t
     if not urls and topology.device == "cuda":
         raise ConfigError(NO_SECOND_ENGINE)
     if not urls:
-        return _colocated(config, topology, numbers, _initial_model(config, topology))
+        return _colocated(config, topology, numbers, _initial_model(config, topology), is_ending)
     told = config.rollout.challenger.tokenizer
     vocabulary = (TextTokenizer.from_dir(told) if told else tokenizer).vocab_size
     like_policy = None if told else read_architecture(config.policy.model).vocab_size
@@ -118,12 +120,15 @@ def longest_passage(corpus: Path) -> int:
     return longest if isinstance(longest, int) else 0
 
 
-def _colocated(config: Config, topology: Topology, numbers: Sequence[int], model: Path) -> list[Engine]:
+def _colocated(
+    config: Config, topology: Topology, numbers: Sequence[int], model: Path, is_ending: Callable[[], bool]
+) -> list[Engine]:
     made: list[Engine] = []
     for number in numbers:
         rollout = config.rollout.model_copy(update={"seed": (config.rollout.seed + BESIDE_SEED) % 2**31})
         log_path = config.run.dir / "logs" / f"engine_challenger_{number}.log"
-        made.append(SglangEngine(rollout, topology, config.policy.precision, model, log_path, load_format="auto"))
+        precision = config.policy.precision
+        made.append(SglangEngine(rollout, topology, precision, model, log_path, load_format="auto", is_ending=is_ending))
     return made
 
 

@@ -165,7 +165,12 @@ def _replace_lost_engines(run: Run) -> bool:
     elif run.policy.weights_awake:
         run.policy.sleep_weights()
     dist.barrier()
-    run.engine_restarts = run.restarts_before + run.pool.revive()
+    try:
+        run.engine_restarts = run.restarts_before + run.pool.revive()
+    except EnginesLost:
+        if run.interruption.agreed():  # by now, so that the new ones were not waited for
+            raise Interrupted from None
+        raise
     _to_policy(run)
     return True
 

@@ -167,7 +167,7 @@ class SimulatedEngine(EngineClient):
     def maker(cls, urls: Sequence[str]) -> Any:
         """What makes a run's engines, called as `SglangEngine` is."""
 
-        def make(config: Any, topology: Any, precision: str, model: Path, log_path: Path, quantization: Any = None) -> SimulatedEngine:
+        def make(config: Any, topology: Any, precision: str, model: Path, log_path: Path, **more: Any) -> SimulatedEngine:
             return cls(urls[topology.rank], config.request_timeout)
 
         return make

@@ -43,6 +43,10 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
+    def noted(self) -> bool:
+        """Whether this rank itself was asked to end."""
+        return self._signal is not None
+
     @property
     def reason(self) -> str:
         """What this rank was asked by."""

@@ -14,7 +14,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _LOG_LINES = 25
+_SETTLES = 1.0  # seconds in which a server ends that was ended with its scheduler
 SCRATCH = "spice-engine-"
 # What torchrun tells a training rank about its group; an engine that read it would join, or wait for, the trainers.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -51,6 +53,7 @@ class SglangEngine:
         model: Hugging Face folder: config and tokenizer, and weights if `load_format` is "auto".
         log_path: the server's output, added to at each start.
         quantization: the `quantization_config` of an engine with FP8 weights (`config/engine_weights.py`).
+        is_ending: whether the run was asked to end, when nothing is started again.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class SglangEngine:
         *,
         load_format: str = "dummy",
         quantization: dict[str, Any] | None = None,
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> None:
         self.log_path = log_path
         self._config = config
@@ -71,6 +75,8 @@ class SglangEngine:
         self._model = model
         self._load_format = load_format
         self._quantization = quantization
+        self._is_ending = is_ending
+        self._num_starts = 0
         self._child: Child | None = None
         self._ports: list[ReservedPort] = []
         self._scratch: str | None = None
@@ -83,6 +89,7 @@ class SglangEngine:
     def launch(self) -> None:
         """Starts the server and returns at once. From the main thread: the child dies with the thread that starts it."""
         self.close()
+        self._num_starts += 1
         self._ports = [ReservedPort(), ReservedPort()]
         _sweep_scratch()
         self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
@@ -110,22 +117,22 @@ class SglangEngine:
         )
 
     def wait_ready(self) -> None:
-        """Returns when the server takes requests. One that somebody ends by SIGTERM meanwhile is started once more.
+        """Returns when the server takes requests. One that somebody ends by SIGTERM meanwhile is started once more, unless the
+        run is to end.
 
         Raises:
             EngineError: it died, or `rollout.start_timeout` passed; with the end of its log.
         """
         try:
-            self._running().wait_ready(self._config.start_timeout, self.check)
+            self._running().wait_ready(self._config.start_timeout, self._check_start)
         except EngineError:
             # It never sends itself this signal. Slurm can, when a node comes back that an earlier attempt of the job was lost with:
             # what is left of that attempt is ended by the job's number, which the new one has too.
-            is_ended = self._child is not None and self._child.exit_code() == -signal.SIGTERM
-            if not is_ended or threading.current_thread() is not threading.main_thread():
+            if not self._is_terminated() or self._is_ending() or threading.current_thread() is not threading.main_thread():
                 raise
             print(f"rollout: the engine was ended by SIGTERM while it started, and is started once more ({self.log_path})", flush=True)
             self.launch()
-            self._running().wait_ready(self._config.start_timeout, self.check)
+            self._running().wait_ready(self._config.start_timeout, self._check_start)
         self._named_memory = leftovers.named_memory(self._child.pid)
 
     def check(self) -> None:
@@ -143,6 +150,20 @@ class SglangEngine:
             )
         if self._client.num_running:
             moved()
+
+    def _is_terminated(self) -> bool:
+        """Whether SIGTERM has ended the server; one whose scheduler was seen to have ended may take a moment."""
+        deadline = time.monotonic() + _SETTLES
+        while self._child is not None and self._child.exit_code() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self._child is not None and self._child.exit_code() == -signal.SIGTERM
+
+    def _check_start(self) -> None:
+        """`check`, and that a server in place of another is still wanted: whoever ended that by a signal may have sent this rank one
+        as well, a moment later, and waits for less than an engine takes to start."""
+        self.check()
+        if self._num_starts > 1 and self._is_ending():
+            raise EngineError("an engine in place of one that has ended is not waited for: the run was asked to end")
 
     def kill(self) -> None:
         """See `Engine.kill`: no time to end in good order, of which a stopped process would use all."""

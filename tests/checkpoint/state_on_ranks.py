@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 
-def run(recipe: Path, overrides: list[str], failures: int) -> str:
-    """Trains with an engine that fails `failures` times; returns what the run has printed."""
+def run(recipe: Path, overrides: list[str], failures: int, ends: bool = False) -> tuple[str, int]:
+    """Trains with an engine that fails `failures` times; returns what the run has printed, and its exit code. With `ends` the run is
+    asked to end while the engine is started again, and that is not waited for."""
     from megatron_spice.cluster import platform
 
     platform.prepare("cpu")
@@ -25,11 +28,18 @@ def run(recipe: Path, overrides: list[str], failures: int) -> str:
     class LosableEngine:
         def __init__(self, *arguments: Any, **named: Any) -> None:
             self._version = ""
+            self._is_ending = named["is_ending"]
 
         def _nothing(self, *arguments: Any) -> None:
             pass
 
-        launch = wait_ready = close = kill = check = sleep = wake = begin_update = update_bucket = _nothing
+        def wait_ready(self) -> None:
+            if ends and left[0] < failures:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if self._is_ending():
+                    raise EngineError("not waited for")
+
+        launch = close = kill = check = sleep = wake = begin_update = update_bucket = _nothing
 
         async def abort(self) -> None:
             pass
@@ -59,7 +69,10 @@ def run(recipe: Path, overrides: list[str], failures: int) -> str:
             pass
 
     assemble.Verifier, assemble.copy_rate = NoVerifier, lambda device: 1e9
-    printed = io.StringIO()
+    printed, code = io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
-        train.train(load_config(recipe, overrides), lambda *arguments: assemble.assemble(*arguments, make_engine=LosableEngine))
-    return printed.getvalue()
+        try:
+            train.train(load_config(recipe, overrides), lambda *arguments: assemble.assemble(*arguments, make_engine=LosableEngine))
+        except SystemExit as end:
+            code = end.code
+    return printed.getvalue(), code

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from tiny_recipe import tiny_recipe
 
 from megatron_spice.checkpoint import store
+from megatron_spice.cluster.exit_codes import INTERRUPTED
 from megatron_spice.config.loader import load_config
 
 ON_RANKS = Path(__file__).with_name("state_on_ranks.py")
@@ -28,7 +29,8 @@ def recipe(tmp_path_factory) -> Path:
 
 def train(recipe: Path, run_dir: Path, *overrides: str, failures: int = 0) -> tuple[str, dict, list[dict]]:
     """What it has printed, the run state of its newest checkpoint, and its metrics."""
-    [printed] = run_ranks(1, ON_RANKS, "run", recipe, [*SETTINGS, f"run.dir={run_dir}", *overrides], failures)
+    [(printed, code)] = run_ranks(1, ON_RANKS, "run", recipe, [*SETTINGS, f"run.dir={run_dir}", *overrides], failures)
+    assert code == 0
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return printed, store.read_state(store.whole_checkpoints(store.folder_of(run_dir))[-1]), metrics
 
@@ -76,3 +78,10 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(recipe, begun, tmp_p
     printed, second, metrics = train(recipe, tmp_path / "run", "train.iterations=2", "game.group_size=4")
     assert "resumed from" in printed and "settings that are not those" not in printed
     assert [line["engines/restarts"] for line in metrics] == [1, 0] and second["iteration"] == 2
+
+
+def test_a_run_that_is_to_end_does_not_wait_for_an_engine_that_it_is_replacing(recipe, tmp_path):
+    """The time it has for its end is shorter than an engine's start. And it is interrupted then, not failed."""
+    overrides = [*SETTINGS, f"run.dir={tmp_path / 'run'}", "train.iterations=1"]
+    [(printed, code)] = run_ranks(1, ON_RANKS, "run", recipe, overrides, 1, True)
+    assert code == INTERRUPTED and "it is replaced" in printed and "interrupted (SIGTERM)" in printed

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +86,46 @@ def test_a_server_that_somebody_ends_while_it_starts_is_started_once_more(new_en
         os.kill(first, signal.SIGKILL)
         with pytest.raises(EngineError, match="exit code -9"):
             engine.wait_ready()
+    finally:
+        engine.close()
+
+
+def test_a_server_whose_scheduler_is_seen_to_end_first_is_started_once_more_too(new_engine: NewEngine, tmp_path: Path) -> None:
+    """A signal to all of its processes ends them one after the other."""
+
+    class StartedAgain(Exception):
+        pass
+
+    def start_again() -> None:
+        raise StartedAgain
+
+    engine = new_engine(tmp_path / "engine.log")
+    try:
+        engine.launch()
+        engine._pulse = SimpleNamespace(ended=lambda: 1)
+        engine.launch = start_again
+        threading.Timer(0.1, os.kill, [engine.pid, signal.SIGTERM]).start()
+        with pytest.raises(StartedAgain):
+            engine.wait_ready()
+    finally:
+        engine.close()
+
+
+def test_a_run_that_is_to_end_starts_no_engine_again(new_engine: NewEngine, tmp_path: Path) -> None:
+    answers = iter([False])  # the rank hears of it a moment after its engine
+    engine = new_engine(tmp_path / "engine.log", is_ending=lambda: next(answers, True))
+    try:
+        engine.launch()
+        os.kill(engine.pid, signal.SIGTERM)
+        began = time.monotonic()
+        with pytest.raises(EngineError, match="the run was asked to end"):
+            engine.wait_ready()
+        engine.launch()
+        last = engine.pid
+        os.kill(last, signal.SIGTERM)
+        with pytest.raises(EngineError, match="exit code -15|asked to end"):
+            engine.wait_ready()
+        assert engine.pid == last and time.monotonic() - began < 10, "it was started again"
     finally:
         engine.close()
 
