@@ -151,6 +151,15 @@ def test_all_ranks_agree(results, case):
     assert len(ends) == (tensor if "-tied" in case.model else 0)
 
 
+@pytest.mark.parametrize("case", [Case("ep2 tp2+sp on 2", "qwen3_moe"), Case("ep2 tp2+sp pp2 vp2", "qwen3_moe")], ids=str)
+def test_ranks_that_are_no_copies_of_one_process_compute_the_same(results, models, before, case):
+    """Whatever order their sets are in."""
+    ranks = run_ranks(LAYOUTS[case.layout][0], ON_RANKS, "in_layouts", [_job(models[case.model], case)], fresh=True)
+    found = {case: [result for [result] in ranks]}
+    test_all_ranks_agree(found, case)
+    _check_same(results | found, before, case, Case("one", case.model))
+
+
 @pytest.mark.parametrize("case", TRAINED_CASES, ids=str)
 def test_tokens_computed_are_those_of_the_plan(results, case):
     rows = pack_rows(make_blocks(LEARNED, _row_tokens(case), shared_prefix=True), _row_tokens(case))

@@ -2,7 +2,11 @@
 
 Where there is no GPU a rank is a copy of a process that has imported torch and Megatron already (multiprocessing's forkserver):
 importing them takes a rank five seconds of a core, most of what a short test of four ranks would take. CUDA does not survive
-a fork, so with GPUs each rank begins from nothing; and so it does on request, where the importing is what is tested.
+a fork, so with GPUs each rank begins from nothing; and so it does on request.
+
+Copies share what a run's ranks do not: the order in which Python goes through a set of strings, and objects at equal addresses.
+What must not depend on that is tested with fresh ranks as well, each of which has another order than the others, the same each
+time. And of a copy nobody sees how it ends, since it has to end by `os._exit`.
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ class _Copy:
 def run_ranks(
     world_size: int, file: str | Path, function: str, *arguments: Any, timeout: float = 240, fresh: bool = not FORKS
 ) -> list[Any]:
-    """Calls `function(*arguments)` of a Python file on `world_size` ranks, with torchrun's variables set. Fresh ones have
-    imported nothing.
+    """Calls `function(*arguments)` of a Python file on `world_size` ranks, with torchrun's variables set. Fresh ones are no copies:
+    they have imported nothing.
 
     Raises:
         AssertionError: a rank failed; with its output.
@@ -87,6 +91,8 @@ def _run_ranks(
                 "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "PYTHONPATH": os.pathsep.join([PATHS, os.environ.get("PYTHONPATH", "")]),
             }  # fmt: skip
+            if fresh:
+                environment["PYTHONHASHSEED"] = str(rank)
             log = Path(folder) / f"log{rank}"
             processes.append((_fresh if fresh else _Copy)(environment, str(log), str(request), folder))
         try:
@@ -124,6 +130,9 @@ def _forked(environment: dict[str, str], log: str, request: str, folder: str) ->
         os.dup2(written, stream)
     os.environ.clear()
     os.environ.update(environment)
+    import numpy as np
+
+    np.random.seed()  # as Python's own generator is after a fork
     _main(request, folder)
     # Threads that gloo has left would have the ordinary end wait, or worse.
     sys.stdout.flush()

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import FORKS, run_ranks
 from small_models import add_tokenizer, make_model, some_trajectories
 
 
-@pytest.mark.parametrize("family, tied, degrees", [
-    ("llama", True, {"pipeline_parallel_size": 2}),
-    ("qwen3", False, {"tensor_parallel_size": 2}),
+@pytest.mark.parametrize("family, tied, degrees, fresh", [
+    ("llama", True, {"pipeline_parallel_size": 2}, True),  # ranks that are no copies of one process
+    ("qwen3", False, {"tensor_parallel_size": 2}, False),
 ])  # fmt: skip
-def test_the_engine_computes_what_was_exported(tmp_path, family, tied, degrees):
+def test_the_engine_computes_what_was_exported(tmp_path, family, tied, degrees, fresh):
     model = add_tokenizer(make_model(tmp_path / "hf", family, tied))
     first, second = run_ranks(
-        2, Path(__file__).with_name("on_ranks.py"), "train_and_sync", str(model), degrees, some_trajectories(), str(tmp_path)
+        2, Path(__file__).with_name("on_ranks.py"), "train_and_sync", str(model), degrees, some_trajectories(), str(tmp_path),
+        fresh=fresh or not FORKS,
     )
     assert first["version"] == "7"
     assert first["difference"] == second["difference"] < 1e-3
