@@ -22,7 +22,7 @@ from megatron_spice.cost.engines import engine_shape, silence_warnings
 from megatron_spice.cost.play import EngineShape, play_work
 from megatron_spice.cost.update import update_work
 from megatron_spice.cost.workload import Workload
-from megatron_spice.policy.memory_budget import H100_BYTES, bytes_asleep, bytes_saved
+from megatron_spice.policy.memory_budget import H100_BYTES, bytes_asleep, bytes_saved, bytes_written
 from megatron_spice.policy.packing import Cost, plan_rows
 from megatron_spice.policy.parameter_count import engine_parameters, rank_parameters
 
@@ -75,7 +75,7 @@ def estimate(
 def most_bytes(
     count: Callable[..., int], config: Config, architecture: ModelArchitecture, layout: ParallelLayout, *more: bool
 ) -> float:
-    """What the rank has that has most, by `bytes_asleep` or `bytes_saved`."""
+    """What the rank has that has most, by `bytes_asleep`, `bytes_saved` or `bytes_written`."""
     stages = (rank_parameters(architecture, layout, stage) for stage in range(layout.pipeline))
     return float(max(count(config.policy, numbers, *more) for numbers in stages))
 
@@ -86,8 +86,8 @@ def warning_seconds(config: Config, architecture: ModelArchitecture, num_nodes: 
     layout = ParallelLayout.of(config.policy, architecture, num_nodes * config.cluster.ranks_per_node)
     phases = estimate(config, architecture, num_nodes, device, cores).phases
     longest = max(seconds for name, seconds in phases.items() if name != "play")
-    num_bytes = most_bytes(bytes_saved, config, architecture, layout)
-    saves = device.seconds(save_work(num_bytes) | {"save_write": 2.0 * num_bytes})
+    copied, written = (most_bytes(count, config, architecture, layout) for count in (bytes_saved, bytes_written))
+    saves = device.seconds(save_work(copied) | {"save_write": 2.0 * written})
     return max(SHORTEST_WARNING, 60 * math.ceil((longest + phases["wake"] + saves) / 60.0))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_spice.checkpoint import store
 from megatron_spice.config.hf import ModelArchitecture
 from megatron_spice.config.schema import Config
-from megatron_spice.policy.memory_budget import saved_bytes
+from megatron_spice.policy.memory_budget import file_bytes
 from megatron_spice.policy.parameter_count import engine_parameters
 
 GB = 10**9
@@ -16,7 +16,7 @@ GB = 10**9
 
 def checkpoint_bytes(config: Config, architecture: ModelArchitecture) -> int:
     """Bytes of one checkpoint's tensors."""
-    return engine_parameters(architecture, 1) * saved_bytes(config.policy.precision)
+    return engine_parameters(architecture, 1) * file_bytes(config.policy.precision)
 
 
 def describe(config: Config, architecture: ModelArchitecture, from_afar: bool = False) -> tuple[str, str | None]:

@@ -119,13 +119,18 @@ def bytes_asleep(policy: PolicyConfig, numbers: RankParameters, cuda: bool) -> i
 
 
 def bytes_saved(policy: PolicyConfig, numbers: RankParameters) -> int:
-    """What a rank writes of a checkpoint: of what several ranks hold each its part."""
-    return numbers.stepped * saved_bytes(policy.precision)
+    """What a rank copies to host memory for a checkpoint: of what several ranks hold each its part."""
+    return numbers.stepped * (_weight_bytes(policy.precision) + _state_bytes(policy.precision))
 
 
-def saved_bytes(precision: Precision) -> int:
-    """Of one number of the model in a checkpoint: weight, master weight, two moments. In float32 a weight is its own master."""
-    return 12 if precision == "fp32" else 14
+def bytes_written(policy: PolicyConfig, numbers: RankParameters) -> int:
+    """And what it writes of that: in float32, where a weight is its own master, it is in the file as both."""
+    return numbers.stepped * file_bytes(policy.precision)
+
+
+def file_bytes(precision: Precision) -> int:
+    """Of one number of the model in a checkpoint: weight, float32 master, two moments."""
+    return _weight_bytes(precision) + 12
 
 
 def _state_bytes(precision: Precision) -> int:
