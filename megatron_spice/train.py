@@ -184,15 +184,16 @@ def _given_up(run: Run, state: dict[str, Any], error: EnginesLost) -> EngineErro
 
 
 def _saved_before_the_end(run: Run, state: dict[str, Any]) -> str:
-    """Ends the engines, saves `state` and what the policy holds, unless that is saved, and says so."""
-    run.pool.close()
-    dist.barrier()
-    if not run.policy.is_awake:
-        run.policy.wake()
+    """Saves `state` and what the policy holds, unless that is saved, and says so. There may be half a minute for it (Slurm's KillWait),
+    so it is written from where it is, be the policy asleep, and while it is written the engines are killed."""
+    iteration, checkpointer = state["iteration"], run.checkpointer
+    if iteration > run.saved and not checkpointer.is_under_way:
+        checkpointer.begin(run.policy, state, is_over=True)
+    checkpointer.proceed()
+    run.pool.kill()
     _finish_save(run, wait=True)
-    iteration = state["iteration"]
-    if iteration > run.saved:
-        run.checkpointer.save(run.policy, state)
+    if iteration > run.saved:  # what was under way was of an earlier iteration
+        checkpointer.save(run.policy, state, is_over=True)
     return f"is saved up to iteration {iteration} in {run.config.run.dir}" if iteration else "had no finished iteration to save"
 
 

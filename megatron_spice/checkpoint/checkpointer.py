@@ -87,17 +87,28 @@ class Checkpointer:
         """Takes the memory that `begin` copies into, so that the first save holds nobody up for longer than the others."""
         self._snapshot.reserve(policy.holdings(with_optimizer=True).pieces)
 
-    def begin(self, policy: Trainable, state: dict[str, Any]) -> None:
+    def begin(self, policy: Trainable, state: dict[str, Any], is_over: bool = False) -> None:
         """Copies policy and run state (`state["iteration"]` names the folder); the policy may change from here on. One save at a
-        time: none may be under way."""
+        time: none may be under way.
+
+        Args:
+            is_over: the policy will not be used again, so that what is in host memory can be written from where it is.
+        """
         assert self._pending is None, "a save is under way"
         began = time.perf_counter()
         held = policy.holdings(with_optimizer=True)
-        pieces, is_copied = self._snapshot.take(held.pieces)
+        stay = [piece for piece in held.pieces if is_over and not piece.tensor.is_cuda]
+        copied, is_copied = self._snapshot.take([piece for piece in held.pieces if not is_over or piece.tensor.is_cuda])
+        pieces = stay + copied
         target = Target(self.folder, self._home, copy.deepcopy(state), self.config.keep, self.hf_files, self.owner)
         self._pending = BackgroundWrite(target, Holdings(pieces, held.objects, held.common), self._ranks, is_copied)
         self.seconds["snapshot"] = time.perf_counter() - began
         self.num_bytes = sum(piece.tensor.nbytes for piece in pieces)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save was begun and not finished."""
+        return self._pending is not None
 
     def proceed(self) -> None:
         """Begins to write what `begin` has copied, if anything: where the main thread has little to do, as the two share an
@@ -128,9 +139,9 @@ class Checkpointer:
         news, self._news = self._news, {}
         return news
 
-    def save(self, policy: Trainable, state: dict[str, Any]) -> Path:
+    def save(self, policy: Trainable, state: dict[str, Any], is_over: bool = False) -> Path:
         """`begin` and `finish` at once."""
-        self.begin(policy, state)
+        self.begin(policy, state, is_over)
         saved = self.finish(wait=True)
         assert saved is not None
         return saved

@@ -100,6 +100,11 @@ class Sleeper:
         self.awake = self.weights_awake = True
         return {"memory/free_for_policy_gib": free / GIB, "memory/wake_seconds": time.perf_counter() - start}
 
+    def lying(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a contiguous tensor's numbers are: in host memory while they sleep, otherwise in the tensor itself."""
+        copies = (shelf.lying(tensor) for shelf in (self._weights, self._state))
+        return next((copy for copy in copies if copy is not None), tensor)
+
     def _wait_for_room(self) -> int:
         """Bytes that are free for what sleeps, once it fits."""
         if self.device.type == "cpu":

@@ -105,6 +105,7 @@ class Policy:
         self.rounded_weights = precision.rounded_weights(self.chunks, config.policy) if rounds else {}
         self.sleeper = Sleeper(self.wrapped, self.optimizer, self.device, config.policy.sleep)
         self.reference: Reference | None = None
+        self._put_away: Holdings | None = None  # what was to be saved as sleep began
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -147,9 +148,13 @@ class Policy:
         self.reference = Reference(self.sleeper.weight_buffers())
 
     def holdings(self, with_optimizer: bool) -> Holdings:
-        """What this rank saves of the weights, and of the optimiser if wanted, over the memory that they are in."""
-        assert self.sleeper.awake, "holdings() of a sleeping policy"
-        return holdings_of(self.model_state(), self.optimizer, with_optimizer)
+        """What this rank saves of the weights, and of the optimiser if wanted, over the memory that they are in: what sleeps is in
+        host memory, and is saved from there."""
+        if self._put_away is None:
+            return holdings_of(self.model_state(), self.optimizer, with_optimizer)
+        assert with_optimizer, "holdings() of a sleeping policy are of all that it has"
+        pieces = [replace(piece, tensor=self.sleeper.lying(piece.tensor)) for piece in self._put_away.pieces]
+        return replace(self._put_away, pieces=pieces)
 
     def model_state(self) -> dict[str, Any]:
         """Megatron's sharded description of the weights."""
@@ -173,6 +178,9 @@ class Policy:
     def sleep(self, keep_weights: bool = True) -> dict[str, float]:
         """Gives memory up to the engines; the weights can stay until they have been sent. Returns metrics."""
         forget_rows()
+        if self.sleeper.level == "all":
+            # Described now: tensors without a storage cannot be cut into blocks.
+            self._put_away = self.holdings(with_optimizer=True)
         return self.sleeper.sleep(keep_weights)
 
     def sleep_weights(self) -> dict[str, float]:
@@ -181,7 +189,7 @@ class Policy:
 
     @property
     def is_awake(self) -> bool:
-        """Whether it may compute and be saved."""
+        """Whether it may compute."""
         return self.sleeper.awake
 
     @property
@@ -191,7 +199,9 @@ class Policy:
 
     def wake(self) -> dict[str, float]:
         """Takes everything back, bit for bit: the engines are asleep, the policy may compute."""
-        return self.sleeper.wake()
+        metrics = self.sleeper.wake()
+        self._put_away = None
+        return metrics
 
     # -- what a reader of the log wants to know -------------------------------------------------------------------
 

@@ -269,6 +269,11 @@ class RolloutPool:
         self._raise_errors(f"iteration {iteration}", reports)
         return _merged(turn, self._whole_on_first(turn.share, [each.share for each in reports]))
 
+    def kill(self) -> None:
+        """Ends this rank's engines at once: what they are doing is of no use any more. `close` follows for the rest."""
+        for engine in self.crew.engines:
+            engine.kill()
+
     def close(self) -> None:
         """Ends this rank's engines and helpers; may be called twice and after a failure."""
         with ExitStack() as stack:  # whatever fails to close, the rest is closed

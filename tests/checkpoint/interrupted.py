@@ -118,7 +118,7 @@ class NoVerifier:
 def digests(pieces: Any) -> dict[str, str]:
     """Of each block a rank holds."""
     return {
-        f"{piece.key} {list(piece.offsets)}": hashlib.sha256(piece.tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        f"{piece.key} {list(piece.offsets)}": hashlib.sha256(piece.tensor.clone().view(torch.uint8).numpy().tobytes()).hexdigest()
         for piece in pieces
     }
 
@@ -137,11 +137,11 @@ def rank(
     """One rank of the run; returns its exit code. `aim`: at which of AIMS to act, in which call, before it or after it."""
     begin, load, me = checkpointer.Checkpointer.begin, checkpointer.load_tensors, int(os.environ["RANK"])
 
-    def noting_begin(self: Any, policy: Any, state: dict[str, Any]) -> None:
+    def noting_begin(self: Any, policy: Any, state: dict[str, Any], is_over: bool = False) -> None:
         path = _noted(notes, state["iteration"], me)
         path.with_suffix(".new").write_text(json.dumps(digests(policy.holdings(True).pieces)))
         path.with_suffix(".new").replace(path)
-        begin(self, policy, state)
+        begin(self, policy, state, is_over)
 
     def comparing_load(policy: Any, checkpoint: Path, with_optimizer: bool) -> None:
         load(policy, checkpoint, with_optimizer)

@@ -74,23 +74,32 @@ def held(policy: Any) -> dict[str, int]:
     }
 
 
+def saved(policy: Any) -> tuple[list[Any], dict[str, bytes], str]:
+    """What would be saved now, number by number."""
+    found = policy.holdings(with_optimizer=True)
+    pieces = [(p.key, p.whole, p.offsets, p.sizes, p.tensor.clone().view(torch.uint8).numpy().tobytes()) for p in found.pieces]
+    return pieces, found.objects, str(found.common)
+
+
 def sleep_between_updates(here: Any, model: Path, trajectories: list[Any], sleeps: int, **policy: Any) -> dict[str, Any]:
     """Three updates, with sleep and wake after each if `sleeps`; what was held, and the weights in the end."""
     from policy_weights import hf_buckets
 
     made = make_policy(here, model, **policy)
-    result: dict[str, Any] = {"held": [], "metrics": [], "same": [], "updates": []}
+    result: dict[str, Any] = {"held": [], "metrics": [], "same": [], "saved": [], "updates": []}
     probe = [7, 3, 150, 202, 9]
     for _ in range(3):
         result["updates"].append(made.update(trajectories))
         for _ in range(sleeps):
-            before, awake, score = contents(made), held(made), made.score(probe)
+            before, awake, score, to_save = contents(made), held(made), made.score(probe), saved(made)
             metrics = made.sleep(keep_weights=True)
             kept = held(made)
+            result["saved"].append(saved(made) == to_save)
             # Weights that were kept are whole: they can be scored with and sent.
             result["same"].append(made.score(probe) == score)
             metrics |= made.sleep_weights()
             result["held"].append((awake, kept, held(made)))
+            result["saved"].append(saved(made) == to_save and held(made) == result["held"][-1][2])
             metrics |= made.wake()
             result["metrics"].append(metrics)
             after = contents(made)

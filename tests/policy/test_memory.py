@@ -53,6 +53,14 @@ def test_a_policy_that_slept_goes_on_as_if_it_had_not(results, precision, level,
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("level", ["all", "gradients"])
+def test_what_is_saved_of_a_policy_that_sleeps_is_what_it_was(results, precision, level):
+    """With its weights awake and without, and nothing is woken for it."""
+    for rank in results[precision, level, 1]:
+        assert len(rank["saved"]) == 3 * 2 and all(rank["saved"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_all_of_it_is_gone_while_asleep(results, precision):
     for rank in results[precision, "all", 1]:
         for (awake, kept, asleep), metrics in zip(rank["held"], rank["metrics"]):
@@ -73,7 +81,7 @@ def test_all_of_it_is_gone_while_asleep(results, precision):
 def test_every_chunk_and_the_experts_sleep_too(mixture, layout):
     job = {"model": mixture, "trajectories": some_trajectories(), "precision": "bf16", "sleep": "all", **layout}
     through, slept = run_ranks(2, ON_RANKS, "in_turn", [("sleep_between_updates", {**job, "sleeps": n}) for n in (0, 1)])[0]
-    assert all(slept["same"]) and not any(sum(asleep.values()) for _, _, asleep in slept["held"])
+    assert all(slept["same"]) and all(slept["saved"]) and not any(sum(asleep.values()) for _, _, asleep in slept["held"])
     for name, weight in through["weights"].items():
         assert np.array_equal(slept["weights"][name], weight), name
 
@@ -104,7 +112,10 @@ def test_host_copies_are_made_once_and_views_stay_valid():
     assert shelf.put([whole, view, other]) == 4000 + 14
     assert whole.untyped_storage().nbytes() == view.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
     copies = shelf._host.data_ptr()
+    assert torch.equal(shelf.lying(view), whole_before[10:20].view(2, 5)), "what lies there can be read"
+    assert torch.equal(shelf.lying(other), torch.arange(7, dtype=torch.bfloat16)) and shelf.lying(torch.zeros(1)) is None
     shelf.take_back()
+    assert shelf.lying(view) is None
     assert torch.equal(whole, whole_before) and torch.equal(view, whole_before[10:20].view(2, 5))
     assert torch.equal(other, torch.arange(7, dtype=torch.bfloat16))
     shelf.put([other])

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_spice.cluster.interruption import Interrupted
 from megatron_spice.cluster.topology import Topology
 from megatron_spice.config.schema import RolloutConfig
 from megatron_spice.game.carried import Game, new_games
@@ -43,12 +44,15 @@ def games(count: int) -> list[Game]:
 class Match:
     """A pool with one engine that has its weights from disk, so that a new one needs no sync."""
 
-    def __init__(self, model: Path, log: Path, max_restarts: int = 3, play: Play = play) -> None:
+    def __init__(
+        self, model: Path, log: Path, max_restarts: int = 3, play: Play = play, is_interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
         config = RolloutConfig(threads=1, max_total_tokens=4096, max_running_requests=32, hang_timeout=HANG)
         self.engine = SglangEngine(config, Topology(), "fp32", model, log, load_format="auto")
         self.pool = RolloutPool(
-            Topology(), dist.HashStore(), [self.engine], play, passages_in_flight=4, max_restarts=max_restarts
-        )
+            Topology(), dist.HashStore(), [self.engine], play, passages_in_flight=4, max_restarts=max_restarts,
+            is_interrupted=is_interrupted,
+        )  # fmt: skip
         self.pool.start()
         self.groups = {self.engine.pid}
         self.shared: set[Path] = set()
@@ -118,6 +122,20 @@ def test_repeated_kills_lose_no_passage_and_count_none_twice(tiny_model: Path, t
             assert rounds == 2 and len(said) == 1, said
         assert game.pool.crew.restarts == 2
         assert game.play(9, 8)[:2] == (1, [])
+
+
+def test_servers_of_a_run_that_ends_are_gone_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    """Asked to end in good order it would look for that every five seconds, and then let its requests finish."""
+    asked = threading.Event()
+    with match(tiny_model, tmp_path, is_interrupted=asked.is_set) as game:
+        [leader] = game.groups
+        game.shared |= shared_memory(*processes(leader))
+        threading.Timer(0.7, asked.set).start()
+        with pytest.raises(Interrupted):
+            game.pool.play(1, games(60))
+        began = time.monotonic()
+        game.pool.kill()
+        assert time.monotonic() - began < 4 and not processes(leader)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["scheduler", "everything"])
