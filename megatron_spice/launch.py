@@ -8,8 +8,8 @@ torchrun also gives ranks half a minute to end after SIGTERM or Ctrl-C, and then
 and knows nothing of Slurm's warning before the time limit (SIGUSR1), which with proctrack/cgroup reaches a node's launcher alone.
 Here a rank takes the time it needs (`AskedToEnd`). Ranks that another rank's failure has left behind have that half minute still.
 
-Exit code: the ranks' own where all that failed agree on one (75: asked to end, and saved), otherwise 1; a recipe that a rank
-refused, which is said by then, is 1 too: something was started.
+Exit code: 75 where the ranks were asked to end, and have saved or were not ready yet to hear of it (they end by the signal, as
+there is nothing to save), otherwise 1; a recipe that a rank refused, which is said by then, is 1 too: something was started.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +35,7 @@ from megatron_spice.config.errors import EXIT_CODE as REFUSED
 from megatron_spice.telemetry import rank_log, rank_logs
 
 RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
+FAILED_AT = "failed_at"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 30.0  # seconds in which a file system that lives gives the logs
 
@@ -42,16 +43,24 @@ _PATIENCE = 30.0  # seconds in which a file system that lives gives the logs
 def main(arguments: Sequence[str]) -> int:
     """Runs the ranks of this node to their end, with their caches on this node."""
     os.environ.update(cache_folders(os.environ))
+    asked = AskedToEnd(is_slurms=_is_slurms())
     try:
-        with AskedToEnd(is_slurms="SLURM_JOB_ID" in os.environ):
+        with asked:
             # Without the option torchrun takes SIGTERM and SIGINT for itself, also where they were ignored.
             run(parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
-        return _failed(error)
+        if not asked.has_ended(error.failures.values()):
+            return _failed(error)
+        print(f"spice: the ranks on {rank_log.host_name()} were asked to end before there was anything to save", file=sys.stderr)
+        return INTERRUPTED
     except SignalException as error:
         print(f"spice: the launcher on {rank_log.host_name()} was ended by {error.sigval.name}, its ranks with it", file=sys.stderr)
-        return 1
+        return INTERRUPTED if _is_slurms() and asked.is_asked else 1
     return 0
+
+
+def _is_slurms() -> bool:
+    return "SLURM_JOB_ID" in os.environ
 
 
 class AskedToEnd:
@@ -71,6 +80,14 @@ class AskedToEnd:
     def __init__(self, *, is_slurms: bool) -> None:
         self._is_slurms = is_slurms
         self._asked_at: float | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked_at is not None
+
+    def has_ended(self, failures: Iterable[ProcessFailure]) -> bool:
+        """Whether that is why ranks failed: one that has no handler yet ends by the signal, and others may have lost it."""
+        return self.is_asked and any(-failure.exitcode in _SIGNALS for failure in failures)
 
     def __enter__(self) -> None:
         self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
@@ -113,20 +130,21 @@ def _failed(error: ChildFailedError) -> int:
     codes = {failure.exitcode for failure in failures.values()}
     if codes == {INTERRUPTED}:
         return INTERRUPTED
-    if codes == {REFUSED}:
-        return 1
     logs = _logs(failures)
     cause = rank_logs.first_cause([log for log in logs if log.rank in failures])
+    if codes == {REFUSED}:
+        return 1
     rank = cause.rank if cause is not None else min(failures, key=lambda rank: failures[rank].timestamp)
     failure = failures[rank]
     print(f"spice: rank {rank} on {rank_log.host_name()} (process {failure.pid}) {_story(failure)}", file=sys.stderr)
-    if "SLURM_JOB_ID" not in os.environ and cause is not None:
+    if not _is_slurms() and cause is not None:
         print(f"spice: {rank_logs.told(logs)}", file=sys.stderr)
     return 1
 
 
 def _logs(failures: Mapping[int, ProcessFailure]) -> list[rank_logs.RankLog]:
-    """The run's, with the word that killed ranks could not add; none where their file system gives none."""
+    """How the run's ranks ended, with the word that killed ones could not add; none where their file system gives none. Under Slurm
+    only of these: a thousand ranks' launchers would all read a thousand logs."""
     if not (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
         return []
 
@@ -134,13 +152,25 @@ def _logs(failures: Mapping[int, ProcessFailure]) -> list[rank_logs.RankLog]:
         for rank, failure in failures.items():
             if failure.exitcode < 0:
                 rank_log.mark(rank_log.path_of(Path(run_dir), rank), rank_log.KILLED, f"by {_signal(failure)}")
-        return rank_logs.read(Path(run_dir))
+        if not _is_slurms():
+            return rank_logs.read_ends(Path(run_dir))
+        logs = rank_logs.read_ends(Path(run_dir), failures, attempt=rank_log.attempt_name())
+        _note(Path(run_dir), rank_logs.first_cause(logs))
+        return logs
 
     try:
         return answer(marked, _PATIENCE)
     except NoAnswer:
         print(f"spice: {rank_log.folder_of(Path(run_dir))} gave no log for {_PATIENCE:.0f} s: is its file system dead?", file=sys.stderr)
         return []
+
+
+def _note(run_dir: Path, cause: rank_logs.RankLog | None) -> None:
+    """Leaves word for slurm/requeue.sh that ranks of this start have failed, unless they only lost others."""
+    if cause is None or not (cause.is_echo or cause.reason.startswith(rank_log.HANG)):
+        with contextlib.suppress(OSError):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / FAILED_AT).write_text(f"{rank_log.attempt_name()}\n", encoding="utf-8")
 
 
 def _signal(failure: ProcessFailure) -> str:

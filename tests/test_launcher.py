@@ -1,4 +1,5 @@
-"""The launcher, asked to end: ranks have the time they need to save, though torchrun's own patience is shorter."""
+"""The launcher, asked to end: ranks have the time they need to save, though torchrun's own patience is shorter. And what it leaves
+behind when its ranks have failed."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_spice import launch
 from megatron_spice.cluster.exit_codes import INTERRUPTED
+from megatron_spice.telemetry import rank_log
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 1  # torchrun's, in seconds; 30 by default
@@ -40,11 +44,11 @@ sys.exit({INTERRUPTED})
 
 
 class Launched:
-    """Two ranks under the launcher, that take `seconds` to save."""
+    """Two ranks under the launcher, that take `seconds` to save; None: ranks that are still starting and know of no signal."""
 
-    def __init__(self, folder: Path, seconds: float, **more: str) -> None:
+    def __init__(self, folder: Path, seconds: float | None, **more: str) -> None:
         self._folder = folder
-        (folder / "rank.py").write_text(RANK)
+        (folder / "rank.py").write_text(RANK if seconds is not None else RANK.replace("SIGUSR1):", "SIGUSR1)[:0]:"))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SPICE"))}
         command = [sys.executable, "-m", "megatron_spice.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
         command += [f"--shutdown-timeout={PATIENCE}", str(folder / "rank.py"), str(folder), str(seconds)]
@@ -74,7 +78,7 @@ class Launched:
 def launched(tmp_path: Path) -> Iterator[type[Launched]]:
     made: list[Launched] = []
 
-    def make(seconds: float, **more: str) -> Launched:
+    def make(seconds: float | None, **more: str) -> Launched:
         made.append(Launched(tmp_path, seconds, **more))
         return made[-1]
 
@@ -118,6 +122,16 @@ def test_the_warning_before_the_time_limit_may_come_to_the_launcher_alone_or_to_
     assert (job.process.returncode, job.saved()) == (INTERRUPTED, 2), said
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_that_are_still_starting_have_nothing_to_lose(launched, number):
+    """That is no failure of theirs: the job is to be started again."""
+    job = launched(None, SLURM_JOB_ID="1")
+    job.sleep_until_both("began")
+    job.process.send_signal(number)
+    said = job.process.communicate(timeout=30)[1]
+    assert job.process.returncode == INTERRUPTED and "were asked to end before there was anything to save" in said, said
+
+
 def test_a_second_signal_ends_the_ranks_at_once_but_not_a_double_one(launched):
     """`timeout` sends to the process and to its group."""
     job = launched(600.0)
@@ -131,3 +145,38 @@ def test_a_second_signal_ends_the_ranks_at_once_but_not_a_double_one(launched):
     said = job.process.communicate(timeout=20)[1]
     assert (job.process.returncode, job.saved()) == (1, 0) and not any(map(psutil.pid_exists, ranks)), said
     assert said.splitlines()[-1].endswith("was ended by SIGTERM, its ranks with it")
+
+
+NODE = {0: "failed RuntimeError: Connection closed by peer", 1: "failed RuntimeError: gloo: timed out"}
+
+
+@pytest.mark.parametrize("ends, noted", [
+    (NODE, False),
+    (NODE | {1: "failed Hang: the run hangs: rank 2 (n2) gives no sign of life"}, False),
+    (NODE | {1: "failed ValueError: no such token"}, True),
+    (NODE | {1: "killed by SIGKILL"}, True),
+    ({}, True),
+])  # fmt: skip
+def test_word_is_left_of_ranks_that_failed_by_themselves(tmp_path, monkeypatch, ends, noted):
+    """slurm/requeue.sh would take another node's launcher, which Slurm ends then, for one that was killed from outside. And no log
+    is read but those of this node's ranks: the other is one that would never give an answer."""
+    began = "==== 2026-01-01T00:00:00.000+00:00 began rank {} of 3 on n1, process 7, job 7 restart {}\n"
+    rank_log.folder_of(tmp_path).mkdir()
+    for rank in NODE:
+        text = began.format(rank, 1) + "==== 2026-01-01T00:00:01.000+00:00 failed gloo: the last start's\n"
+        if rank in ends:
+            text += began.format(rank, 2) + f"==== 2026-01-01T00:00:02.000+00:00 {ends[rank]}\n"
+        rank_log.path_of(tmp_path, rank).write_text(text)
+    os.mkfifo(rank_log.path_of(tmp_path, 2))
+    failures = {rank: ProcessFailure(rank, 7, 1, "<N/A>") for rank in NODE}
+
+    def fails(options: object) -> None:
+        raise ChildFailedError("train", failures)
+
+    monkeypatch.setattr(launch, "run", fails)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", launch.RUN_DIR_VARIABLE: str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    began_at = time.monotonic()
+    assert launch.main(["train"]) == 1 and time.monotonic() - began_at < 20
+    note = tmp_path / launch.FAILED_AT
+    assert note.exists() == noted and (not noted or note.read_text() == "job 7 restart 2\n")

@@ -5,13 +5,16 @@
 A rank that fails takes the others along: within milliseconds they lose their connections, with messages that are longer than
 the one that matters. The first cause is the earliest failure that is not such an echo; clocks of nodes may differ by more than
 echoes take, so what a failure says counts before when it was. A rank that was killed says nothing: its launcher marks its log.
+When a job fails, only the ends of its logs are read (`read_ends`): there may be thousands, each as long as the run.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +24,9 @@ LOST = "lost"
 RUNNING = "running"
 TAIL_LINES = 12
 SHOWN = 16
+ENDS = (2**16, 2**22)
+"""Bytes of a log's end in which the last attempt is looked for; usually it is in the first. If it has written more than the last, all
+of the log is read."""
 
 _MARK = re.compile(rf"{re.escape(rank_log.MARK)}(\S+) ({rank_log.BEGAN}|{rank_log.ENDED}|{rank_log.INTERRUPTED}|"
                    rf"{rank_log.REFUSED}|{rank_log.FAILED}|{rank_log.KILLED})(?: (.*))?$")  # fmt: skip
@@ -70,12 +76,27 @@ class RankLog:
 def read(run_dir: Path) -> list[RankLog]:
     """The logs of a run's newest attempt, by rank; [] where there are none. Logs of ranks that it does not have (an earlier
     attempt had more) are left out."""
-    found = [_read(path) for path in rank_log.folder_of(run_dir).glob("rank_*.log") if path.stem[5:].isdigit()]
+    return _of_one_attempt([_read(path) for path in _paths(run_dir)])
+
+
+def read_ends(run_dir: Path, ranks: Iterable[int] | None = None, *, attempt: str | None = None) -> list[RankLog]:
+    """The same from the ends of the logs, of these ranks (None: all) and of this attempt (None: the newest). `attempts` counts only
+    those that were read."""
+    paths = _paths(run_dir) if ranks is None else [rank_log.path_of(run_dir, rank) for rank in ranks]
+    return _of_one_attempt([_read_end(path) for path in paths if path.exists()], attempt)
+
+
+def _paths(run_dir: Path) -> list[Path]:
+    return [path for path in rank_log.folder_of(run_dir).glob("rank_*.log") if path.stem[5:].isdigit()]
+
+
+def _of_one_attempt(found: Sequence[RankLog], attempt: str | None = None) -> list[RankLog]:
+    """Those of this attempt (None: the newest) by rank."""
     found = [log for log in found if log.attempts]
     if not found:
         return []
-    newest = max(found, key=lambda log: log.began).attempt
-    current = sorted((log for log in found if log.attempt == newest), key=lambda log: log.rank)
+    attempt = attempt or max(found, key=lambda log: log.began).attempt
+    current = sorted((log for log in found if log.attempt == attempt), key=lambda log: log.rank)
     if any(log.state != RUNNING for log in current):
         current = [_replace_state(log) for log in current]
     return current
@@ -132,21 +153,36 @@ def _replace_state(log: RankLog) -> RankLog:
     return RankLog(**{**log.__dict__, "state": LOST}) if log.state == RUNNING else log
 
 
+def _read_end(path: Path) -> RankLog:
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        for size in ENDS:
+            file.seek(max(0, length - size))
+            log = _parsed(path, io.BytesIO(file.read(size)))
+            if log.attempts or size >= length:
+                return log
+    return _read(path)
+
+
 def _read(path: Path) -> RankLog:
+    with open(path, "rb") as file:
+        return _parsed(path, file)
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> RankLog:
     """Line by line, since a log may be long; only its end is kept."""
     attempts, last, end, tail = 0, None, None, []
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.startswith(rank_log.MARK.encode()):
-                tail = [*tail[-TAIL_LINES + 1 :], line] if end is None else tail
-                continue
-            found = _MARK.match(line.decode(errors="replace").rstrip("\n"))
-            if found is None:
-                continue
-            if found[2] == rank_log.BEGAN:
-                attempts, last, end, tail = attempts + 1, found, None, []
-            elif end is None:  # what comes after is its end as others see it
-                end = found
+    for line in lines:
+        if not line.startswith(rank_log.MARK.encode()):
+            tail = [*tail[-TAIL_LINES + 1 :], line] if end is None else tail
+            continue
+        found = _MARK.match(line.decode(errors="replace").rstrip("\n"))
+        if found is None:
+            continue
+        if found[2] == rank_log.BEGAN:
+            attempts, last, end, tail = attempts + 1, found, None, []
+        elif end is None:  # what comes after is its end as others see it
+            end = found
     log = RankLog(int(path.stem[5:]), path)
     told = _BEGAN.match(last[3] or "") if last is not None else None
     if last is None or told is None:
@@ -159,11 +195,12 @@ def _read(path: Path) -> RankLog:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the first cause, if there is one."""
+    """Prints the first cause, if there is one: of this start in a Slurm job, otherwise of the newest."""
     if len(arguments) != 1:
         print("usage: python -m megatron_spice.telemetry.rank_logs RUN_DIR", file=sys.stderr)
         return 2
-    if text := told(read(Path(arguments[0]))):
+    attempt = rank_log.attempt_name() if "SLURM_JOB_ID" in os.environ else None
+    if text := told(read_ends(Path(arguments[0]), attempt=attempt)):
         print(text)
     return 0
 

@@ -134,6 +134,24 @@ def test_only_the_newest_attempt_counts(tmp_path):
     assert rank_logs.told(logs) == "" and rank_logs.read(tmp_path / "nowhere") == []
 
 
+@pytest.mark.parametrize("length", [0, 400, 3000])
+def test_an_end_says_how_its_attempt_ended_however_much_was_written(tmp_path, monkeypatch, length):
+    """Less than is looked at first, less than is looked at next, and more."""
+    monkeypatch.setattr(rank_logs, "ENDS", (240, 700))
+    for attempt in range(2):
+        for rank in range(3):
+            lines = ["progress\r 10 %\r 20 %", "x" * length, f"{20 + attempt}.000+00:00 failed ValueError: {attempt} of {rank}"]
+            write(tmp_path, rank, *lines, attempt=f"job 1 restart {attempt}", at=10 + attempt)
+    whole, ends = rank_logs.read(tmp_path), rank_logs.read_ends(tmp_path)
+    assert [log.attempts for log in whole] == [2] * 3
+    assert [log.attempts for log in ends] == [1 if length < 1000 else 2] * 3
+    assert [(log.rank, log.reason, log.host, log.attempt, log.tail) for log in ends] == [
+        (log.rank, log.reason, log.host, log.attempt, log.tail) for log in whole
+    ]
+    assert [log.rank for log in rank_logs.read_ends(tmp_path, [2, 5])] == [2]
+    assert rank_logs.read_ends(tmp_path, attempt="job 1 restart 2") == [], "it has not begun"
+
+
 def test_the_report_finds_the_logs_of_a_run_that_failed_before_its_first_iteration(tmp_path):
     write(tmp_path, 0, "what led to it", "29.000+00:00 failed ValueError: no such token")
     done = subprocess.run(
