@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_spice import machine
-from megatron_spice.cluster.host_memory import TUNABLES
+from megatron_spice.cluster import host_memory
 from megatron_spice.config.checks import check, check_layout, check_paths
 from megatron_spice.config.describe import resolved
 from megatron_spice.config.errors import ConfigError
@@ -140,7 +140,7 @@ def _environment(config: Config) -> dict[str, str]:
         return found | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     threads = max(1, machine.usable_cores() // config.cluster.ranks_per_node)
     return found | {
-        "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": TUNABLES,
+        "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": host_memory.TUNABLES,
     }  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def launch_environment(config: Config) -> str:
         "SPICE_RANKS_PER_NODE": config.cluster.ranks_per_node,
         "SPICE_DEVICE_KIND": machine.device(config.cluster.device),
         "SPICE_RUN_DIR": config.run.dir,
+        "SPICE_TUNABLES": host_memory.TUNABLES,
     }
     return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 

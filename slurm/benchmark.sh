@@ -3,6 +3,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=spice-benchmark-%j.log
 #SBATCH --open-mode=append
 #SBATCH --no-requeue
@@ -19,7 +20,7 @@
 # number of nodes, with versions, machine, recipe, seed and revision; DIR/benchmark.png shows efficiency and seconds by phase.
 # Two such files are compared by `tools/benchmark.py compare A.json B.json`.
 #
-#   SPICE_ROOT, SPICE_VENV, SPICE_SITE, SPICE_CONTAINER    as for slurm/spice.sh
+#   SPICE_ROOT, SPICE_VENV, SPICE_SITE, SPICE_CONTAINER, SPICE_MOUNTS    as for slurm/spice.sh
 set -euo pipefail
 
 fail() { printf 'benchmark.sh: %s\n' "$*" >&2; exit "${code:-1}"; }
@@ -62,17 +63,10 @@ fi
 [[ "$iterations" =~ ^[1-9][0-9]*$ ]] || code=2 fail "--iterations $iterations is not a number above zero"
 
 root="$(find_root)"
-site="${SPICE_SITE:-$root/slurm/site.sh}"
-if [ -f "$site" ]; then
-  # shellcheck source=/dev/null
-  source "$site"
-elif [ -n "${SPICE_SITE:-}" ]; then
-  fail "SPICE_SITE=$SPICE_SITE is not a file"
-fi
-python="${SPICE_VENV:-$root/.venv}/bin/python"
-[ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
+# shellcheck source=slurm/environment.sh
+source "$root/slurm/environment.sh"
 export SPICE_ROOT="$root"
-tool=("$python" "$root/tools/node_benchmark.py")
+tool=("${here[@]}" "$python" "$root/tools/node_benchmark.py")
 
 IFS=, read -r -a numbers <<<"$counts"
 for count in "${numbers[@]}"; do

@@ -3,6 +3,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=spice-corpus-%A-%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -22,7 +23,7 @@
 #   SPICE_TASKS=64 bash slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR
 #
 #   SPICE_TASKS        how many tasks there are, when they are not all tasks of this array
-#   SPICE_ROOT, SPICE_VENV, SPICE_SITE, SPICE_CONTAINER    as for slurm/spice.sh
+#   SPICE_ROOT, SPICE_VENV, SPICE_SITE, SPICE_CONTAINER, SPICE_MOUNTS    as for slurm/spice.sh
 set -euo pipefail
 
 fail() { printf 'preprocess.sh: %s\n' "$*" >&2; exit 1; }
@@ -53,25 +54,11 @@ if [ -z "$output" ]; then
 fi
 
 root="$(find_root)"
-site="${SPICE_SITE:-$root/slurm/site.sh}"
-if [ -f "$site" ]; then
-  # shellcheck source=/dev/null
-  source "$site"
-elif [ -n "${SPICE_SITE:-}" ]; then
-  fail "SPICE_SITE=$SPICE_SITE is not a file"
-fi
-python="${SPICE_VENV:-$root/.venv}/bin/python"
-[ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
+# shellcheck source=slurm/environment.sh
+source "$root/slurm/environment.sh"
 export PYTHONUNBUFFERED=1
 
-tool=("$python" "$root/tools/preprocess_corpus.py")
-if [ -f "${SPICE_CONTAINER:-}" ]; then
-  tool=(apptainer exec "$SPICE_CONTAINER" "${tool[@]}")
-elif [ -n "${SPICE_CONTAINER:-}" ]; then
-  mounts="$root:$root,$PWD:$PWD${SPICE_MOUNTS:+,$SPICE_MOUNTS}"
-  tool=(srun --ntasks=1 --container-image="$SPICE_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD" "${tool[@]}")
-fi
-
+tool=("${here[@]}" "$python" "$root/tools/preprocess_corpus.py")
 task="${SLURM_ARRAY_TASK_ID:-}"
 tasks="${SPICE_TASKS:-${SLURM_ARRAY_TASK_COUNT:-1}}"
 [[ "$tasks" =~ ^[1-9][0-9]*$ ]] || fail "SPICE_TASKS=$tasks is not a number of tasks"

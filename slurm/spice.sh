@@ -3,6 +3,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=spice-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
@@ -17,23 +18,27 @@
 #
 # Inside an allocation every node gets one task and torchrun starts the node's ranks; the first node is where they meet.
 # The recipe is checked before anything starts: a wrong one ends with exit code 2 and says what to change.
+# A job has its nodes with all their memory: a site's default with --exclusive may be less than `--dry-run` finds it to need.
 #
 # A job ends before its recipe does, and what happens then:
 #   the time limit is near (SIGUSR1, 3 minutes before)     saved, requeued, goes on by itself; what takes longer than that and
 #                                                          Slurm's KillWait is lost, so that the job goes on from an older checkpoint:
 #                                                          --dry-run says how early a recipe wants to be told, and that is given to
 #                                                          sbatch before the script: sbatch --signal=B:USR1@600 slurm/spice.sh ...
-#   preempted, or `scontrol requeue` (SIGTERM)             saved if that takes less than Slurm's KillWait; Slurm requeues it
+#   preempted with a GraceTime (SIGTERM to the ranks)      saved if that takes less, and requeued
+#   preempted without, or `scontrol requeue` (SIGTERM)     saved if that takes less than Slurm's KillWait; Slurm requeues it
 #   `scancel` (SIGTERM)                                    the same, not requeued
 #   another run has taken its run.dir                      not requeued
 #   a rank or a node fails                                 requeued if the run has come further since the job began
 #   killed from outside before it came further             requeued, once at the same checkpoint
+# How that is found out: slurm/requeue.sh.
 #
 #   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
 #   SPICE_VENV         the environment that install.sh made, when it is not .venv
 #   SPICE_SITE         a file with this cluster's settings (slurm/site.example.sh), when it is not slurm/site.sh
 #   SPICE_SCRATCH      a folder on each node for caches of compiled kernels (megatron_spice/cluster/scratch.py says what else may be)
-#   SPICE_CONTAINER    run in this image: a file for Apptainer, anything else for Pyxis
+#   SPICE_CONTAINER    run in this image: with Apptainer if it is a file, with Pyxis if it is a .sqsh file or a registry's name
+#   SPICE_MOUNTS       more folders that are to be seen in it, such as /scratch:/scratch: model, corpus, run.dir
 set -euo pipefail
 
 fail() { printf 'spice.sh: %s\n' "$*" >&2; exit 1; }
@@ -55,15 +60,8 @@ if [ $# -eq 0 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ]; then
 fi
 
 root="$(find_root)"
-site="${SPICE_SITE:-$root/slurm/site.sh}"
-if [ -f "$site" ]; then
-  # shellcheck source=/dev/null
-  source "$site"
-elif [ -n "${SPICE_SITE:-}" ]; then
-  fail "SPICE_SITE=$SPICE_SITE is not a file"
-fi
-python="${SPICE_VENV:-$root/.venv}/bin/python"
-[ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
+# shellcheck source=slurm/environment.sh
+source "$root/slurm/environment.sh"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Megatron-Core calls collectives by names that this torch renames; a warning a rank and name would hide the progress.
 # And torch's store warns of every wait that is shorter than what is waited for: a line a second in the logs of ranks that wait.
@@ -72,12 +70,21 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed
 
 if [ "$1" = "--dry-run" ]; then
   shift
-  exec "$python" -m megatron_spice plan "$@"
+  exec "${here[@]}" "$python" -m megatron_spice plan "$@"
 fi
 
-nodes=1
+nodes=1 limit_is_near='' told_to_end='' woken='' srun=''
+# Slurm wakes this shell alone; the ranks hear of it from here: by srun, which asks no controller (it may be just failing over),
+# and by Slurm, which also knows of a step that srun has not begun yet.
+tell_ranks() {
+  [ -n "$srun" ] || return 0
+  kill -USR1 "$srun" 2>/dev/null || true
+  timeout 60 scancel --signal=USR1 "$SLURM_JOB_ID" || true
+}
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   nodes="${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}"
+  trap 'woken=yes limit_is_near=yes; tell_ranks' USR1
+  trap 'woken=yes told_to_end=yes' TERM # by then Slurm has told all processes of the job
 fi
 
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
@@ -85,8 +92,8 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   set -- "$@" checkpoint.resume=auto
 fi
 # The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too.
-environment="$("$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
-SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND=''
+environment="$("${here[@]}" "$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
+SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND='' SPICE_TUNABLES=''
 eval "$environment"
 export SPICE_RUN_DIR
 
@@ -97,8 +104,7 @@ if [ "$SPICE_DEVICE_KIND" = cpu ]; then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
   # Memory that ranks free is kept for their next tensors (megatron_spice/cluster/host_memory.py).
-  [ -n "${GLIBC_TUNABLES:-}" ] || GLIBC_TUNABLES="$("$python" -c 'from megatron_spice.cluster import host_memory as m; print(m.TUNABLES)')"
-  export GLIBC_TUNABLES
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$SPICE_TUNABLES}"
 else
   # Megatron overlaps tensor-parallel communication correctly only when kernels are queued in one order.
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
@@ -108,7 +114,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   # One machine talks to itself: by loopback, whatever its host name resolves to. `exec`, so that signals reach the launcher
   # itself, which passes them on, and its exit code is ours.
   export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
-  exec "$python" -m megatron_spice.launch --standalone --local-addr=127.0.0.1 \
+  exec "${here[@]}" "$python" -m megatron_spice.launch --standalone --local-addr=127.0.0.1 \
     --nproc-per-node="$SPICE_RANKS_PER_NODE" --module megatron_spice train "$@"
 fi
 
@@ -121,77 +127,22 @@ address_of() {
   echo "${address:-$1}"
 }
 
-# Nothing where there is none; fails where the file system does not answer (124), which must not keep a job that has ended.
-newest_checkpoint() {
-  { timeout 60 find "$SPICE_RUN_DIR/checkpoints" -maxdepth 1 -name 'iteration_*' ! -name '*.partial' 2>/dev/null || [ $? -ne 124 ]; } |
-    sort | tail -n 1
-}
-
-has_come_further() {
-  local newest
-  newest="$(newest_checkpoint)" && [ "$newest" != "$before" ]
-}
-
-# A launcher ends by a signal only if somebody else sends it (a node's daemon that clears up after another start, an operator): that
-# says nothing of the run, but the second time at one checkpoint it may.
-is_killed_here_first() {
-  local file="$SPICE_RUN_DIR/killed_at" here
-  [ "$status" -gt 128 ] && here="job $SLURM_JOB_ID at $(newest_checkpoint)" && [ "$(timeout 60 cat "$file" 2>/dev/null)" != "$here" ] &&
-    echo "$here" 2>/dev/null >"$file"
-}
-
-# Whether what ends this job is its time limit, and not a user or a preemption (of which Slurm takes care) after the warning.
-is_out_of_time() {
-  case "$(timeout 60 scontrol show job "$SLURM_JOB_ID")" in
-    *Reason=TimeLimit* | *JobState=TIMEOUT* | '') true ;;
-    *) false ;;
-  esac
-}
-
-# Whether the job is another start's by now: a node was lost and this shell was not, and Slurm has requeued it already.
-is_requeued_already() {
-  local restarts
-  restarts="$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')"
-  [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
-}
-
-# Which start the folder belongs to (megatron_spice/checkpoint/ownership.py); nothing where none has taken it.
-folder_belongs_to() {
-  timeout 60 sed -n 's/.*"attempt": "\([^"]*\)".*/\1/p' "$SPICE_RUN_DIR/owner.json" 2>/dev/null || true
-}
-
-requeue() {
-  local owner
-  owner="$(folder_belongs_to)"
-  if is_requeued_already; then
-    echo "spice.sh: Slurm has requeued this job already"
-  elif [ "$owner" != "$owner_before" ] && [[ "$owner" != "job $SLURM_JOB_ID "* ]]; then
-    echo "spice.sh: not requeued: $SPICE_RUN_DIR belongs to $owner by now"
-  else
-    printf 'spice.sh: requeued (restart %d)\n' "$((${SLURM_RESTART_COUNT:-0} + 1))"
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
-}
-
+# shellcheck source=slurm/requeue.sh
+source "$root/slurm/requeue.sh"
 first_node="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")"
 first_node="${first_node%%$'\n'*}" # not by `head`, which may end before scontrol has told them all: that fails a pipe
 first_address="$(address_of "$first_node")"
-port=$((20000 + SLURM_JOB_ID % 10000))
-step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1)
-inside=()
-if [ -f "${SPICE_CONTAINER:-}" ]; then
-  inside=(apptainer exec --nv "$SPICE_CONTAINER")
-elif [ -n "${SPICE_CONTAINER:-}" ]; then
-  step+=(--container-image="$SPICE_CONTAINER" --container-mounts="$root:$root,$PWD:$PWD${SPICE_MOUNTS:+,$SPICE_MOUNTS}" --container-workdir="$PWD")
-fi
+# Another one for each start: on a node that Slurm took for dead the last start's may still be held.
+port=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
+# All of the environment, also where `sbatch --export=...` was told to give this script less: srun would do the same.
+step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --export=ALL "${contained[@]}")
 
 before="$(newest_checkpoint)" || fail "$SPICE_RUN_DIR/checkpoints gives no answer: is its file system dead?"
 owner_before="$(folder_belongs_to)"
-limit_is_near='' told_to_end='' woken='' requeued=''
-# Slurm wakes this shell alone; the ranks hear of it from here.
-trap 'woken=yes limit_is_near=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-# Slurm has told all processes of the job.
-trap 'woken=yes told_to_end=yes' TERM
+if [ -n "$told_to_end$limit_is_near" ]; then # before there was anything to save
+  [ -n "$told_to_end" ] || requeue
+  exit 75
+fi
 
 # Such a signal must not end what is between this shell and the ranks, who get it from Slurm too; the launcher has a handler.
 # shellcheck disable=SC2016  # SLURM_NODEID is known only inside each task.
@@ -199,25 +150,26 @@ trap 'woken=yes told_to_end=yes' TERM
   "${inside[@]}" "$python" -m megatron_spice.launch \
   --nnodes="$nodes" --nproc-per-node="$SPICE_RANKS_PER_NODE" --master-addr="$first_address" --master-port="$port" \
   --module megatron_spice train "$@" &
-srun=$!
+srun=$! requeued=''
+[ -z "$limit_is_near" ] || tell_ranks # the trap came too early for it
 while :; do
-  wait "$srun" && status=0 || status=$?
-  [ -n "$woken" ] || break # a trap ends `wait` before its time
   woken=''
   if [ -n "$told_to_end" ] && [ -n "$limit_is_near" ] && [ -z "$requeued" ] && is_out_of_time; then
     # They save still. At once, for Slurm kills this shell with them when its KillWait is over.
     requeued=yes
     requeue || true
   fi
+  wait "$srun" && status=0 || status=$?
+  [ -n "$woken" ] || break # a trap ends `wait` before its time
 done
 
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
   # Each node's launcher has spoken for its own ranks, in any order; this is the line to read.
-  timeout 60 "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
+  timeout 300 "${here[@]}" "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
 fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
   exit "$status"
-elif [ -n "$limit_is_near" ] || has_come_further || is_killed_here_first; then
+elif [ "$status" -eq 75 ] || [ -n "$limit_is_near" ] || has_come_further || is_killed_here_first; then
   requeue
 fi
 exit "$status"

@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_would_start_and_starts_nothing(house):
     done = launch(house, "--dry-run", "--nodes=2", RECIPE, "policy.pipeline_parallel_size=4", "run.dir=a b")
     assert done.returncode == 0, done.stderr
     assert "sbatch --nodes=2 slurm/spice.sh recipe.yaml policy.pipeline_parallel_size=4 'run.dir=a b'" in done.stdout
-    for line in ("#SBATCH --requeue", "#SBATCH --signal=B:USR1@180", "# Memory in GiB", "TP=1 PP=4 DP=1"):
+    for line in ("#SBATCH --requeue", "#SBATCH --mem=0", "#SBATCH --signal=B:USR1@180", "# Memory in GiB", "TP=1 PP=4 DP=1"):
         assert line in done.stdout
     assert not (house / "a b").exists()
     wrong = launch(house, "--dry-run", "--nodes=2", RECIPE, "policy.pipeline_parallel_size=3")
@@ -214,12 +214,21 @@ def test_a_signal_ends_the_ranks_too(house, sleeping, how):
     assert wait_until(lambda: not any(map(alive, pids)), 30)
 
 
+RUN = """#!/bin/sh
+printf '%s\\n' "$(basename "$0")" "$@" >>"$CALLS"
+case "$*" in *megatron_spice.launch*) exit 7 ;; esac
+while [ "${1#*/bin/python}" = "$1" ]; do shift; done
+exec "$@"
+"""
+
+
 def slurm_tools(folder: Path) -> Path:
-    """An `srun` that writes down how it was called and runs the command as node 0 of 1 would."""
+    """An `srun` and an `apptainer` that write down how they were called; what only checks the recipe they run, of ranks they say 7."""
     tools = folder / "tools"
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
-    (tools / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$CALLS"\nexit 7\n')
+    (tools / "srun").write_text(RUN)
+    (tools / "apptainer").write_text(RUN)
     for path in tools.iterdir():
         path.chmod(0o755)
     return tools
@@ -243,15 +252,20 @@ def test_a_container_for_apptainer_or_pyxis(house, tmp_path):
     image.touch()
     more = {"PATH": f"{slurm_tools(tmp_path)}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
     more |= {"SLURM_JOB_ID": "10123", "SLURM_JOB_NODELIST": "node1"}
-    launch(house, RECIPE, SPICE_CONTAINER=str(image), **more)
-    asked = calls.read_text().splitlines()
-    start = asked.index("apptainer")
-    assert asked[start : start + 4] == ["apptainer", "exec", "--nv", str(image)]
+    mounts = f"{house}:{house},{sys.prefix}:{sys.prefix}"
+    assert launch(house, RECIPE, SPICE_CONTAINER=str(image), **more).returncode == 7
+    contained = "\n".join(["apptainer", "exec", "--nv", "--bind", mounts, str(image)])
+    asked = calls.read_text()
+    assert asked.count(contained) == 3, "to check the recipe, for the ranks of the step, and to see who failed"
+    assert asked.startswith("apptainer\n") and asked.count("srun\n") == 1
+    calls.unlink()
     (house / "slurm" / "site.sh").write_text("export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch\n")
-    launch(house, RECIPE, **more)
+    assert launch(house, RECIPE, **more).returncode == 7
     asked = calls.read_text().splitlines()
-    assert "--container-image=registry/image:1" in asked and "apptainer" not in asked
-    assert f"--container-mounts={house}:{house},{house}:{house},/scratch" in asked
+    assert asked.count("srun") == asked.count("--container-image=registry/image:1") == 3 and "apptainer" not in asked
+    assert asked.count(f"--container-mounts={mounts},/scratch") == 3
+    wrong = launch(house, RECIPE, "train.itertions=5", **more)
+    assert wrong.returncode == 2 and "train.iterations" in wrong.stderr, "which is said in the container"
     assert "SPICE_SITE=/nowhere" in launch(house, RECIPE, SPICE_SITE="/nowhere", **more).stderr
 
 

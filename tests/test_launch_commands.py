@@ -12,13 +12,14 @@ from recorded_commands import SNAPSHOTS, Recorder, assert_as_before
 from megatron_spice import plan
 from megatron_spice.config.schema import Config
 
-CPU = {"SPICE_RANKS_PER_NODE": "2", "SPICE_DEVICE_KIND": "cpu", "SPICE_RUN_DIR": "runs/my run"}
+CPU = {"SPICE_RANKS_PER_NODE": "2", "SPICE_DEVICE_KIND": "cpu", "SPICE_RUN_DIR": "runs/my run", "SPICE_TUNABLES": "a.tunable=1"}
 CUDA = CPU | {"SPICE_RANKS_PER_NODE": "8", "SPICE_DEVICE_KIND": "cuda"}
 JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 AGAIN = {"SLURM_RESTART_COUNT": "1"}
 FURTHER = {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}
 LIMIT, GONE = "JobState=COMPLETING Reason=TimeLimit", "JobState=COMPLETING Reason=None"
+APPTAINER = {"SPICE_CONTAINER": "slurm/spice.sh", "SPICE_VENV": "../venv", "SPICE_MOUNTS": "/scratch:/scratch"}
 ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
 SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
 DONE = "mkdir -p out.tasks/0000{0,1} && touch out.tasks/0000{0,1}/manifest.json\n"
@@ -43,8 +44,18 @@ CASES = {
     "spice-again": (CUDA, "slurm/spice.sh", ["recipe.yaml", "checkpoint.resume=never"], JOB | AGAIN, ""),
     "spice-requeued-already": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | AGAIN | FURTHER | {"SHOWN": "JobId=41234 Restarts=2"}, ""),
     "spice-folder-lost": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"OWNER": "job 41235 restart 0"}, ""),
-    "spice-apptainer": (CUDA, "slurm/spice.sh", ["recipe.yaml"], TWO | {"SPICE_CONTAINER": "slurm/spice.sh"}, ""),
+    "spice-cannot-be-warned-by-slurm": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75", "FAILING": "scancel"}, ""),
+    "spice-warned-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "USR1"}, ""),
+    "spice-ended-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "TERM"}, ""),
+    "spice-taken-back-at-last": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"REFUSALS": "2"}, ""),
+    "spice-not-to-be-requeued": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"SHOWN": "Requeue=0 Restarts=0 BatchFlag=1"}, ""),
+    "spice-no-answer-from-slurm": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"REFUSALS": "99"}, ""),
+    "spice-exports-none": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SLURM_EXPORT_ENV": "NONE"}, ""),
+    "spice-apptainer": (CUDA, "slurm/spice.sh", ["recipe.yaml"], TWO | APPTAINER | {"STATUS": "1"}, ""),
+    "spice-alone-apptainer": (CPU, "slurm/spice.sh", ["recipe.yaml"], APPTAINER, ""),
     "spice-pyxis-site-file": (CUDA, "slurm/spice.sh", ODD, TWO, SITE),
+    "spice-pyxis-failed": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"STATUS": "1", "SPICE_CONTAINER": "/images/spice.sqsh"}, ""),
+    "spice-pyxis-dry-run-without-a-job": (CPU, "slurm/spice.sh", ["--dry-run", "recipe.yaml"], {}, SITE),
     "preprocess-alone": (CPU, "slurm/preprocess.sh", CORPUS, {}, ""),
     "preprocess-tasks-here": (CPU, "slurm/preprocess.sh", CORPUS, {"SPICE_TASKS": "2"}, ""),
     "preprocess-trailing-slash": (CPU, "slurm/preprocess.sh", [*CORPUS[:-1], "out//"], {"SPICE_TASKS": "2"}, DONE),
@@ -66,9 +77,9 @@ def test_a_script_starts_what_it_did(name: str, tmp_path: Path, request: pytest.
 def test_a_file_system_that_has_died_ends_the_job_without_another_start(tmp_path: Path) -> None:
     """It answers before the ranks start, and not when they have failed."""
     recorder = Recorder(tmp_path, CPU)
-    script, find = recorder.house / "slurm" / "spice.sh", recorder.programs / "find"
+    script, find = recorder.house / "slurm" / "requeue.sh", recorder.programs / "find"
     script.write_text(script.read_text().replace("timeout 60", "timeout 1"))
-    find.write_text(f'#!/bin/sh\n[ -e "{tmp_path}/answered" ] && exec sleep 30\ntouch "{tmp_path}/answered"\n')
+    find.write_text(f'#!/bin/sh\n[ -e "{tmp_path}/answered" ] && exec /bin/sleep 30\ntouch "{tmp_path}/answered"\n')
     find.chmod(0o755)
     began = time.monotonic()
     story = recorder.story("slurm/spice.sh", ["recipe.yaml"], **JOB, STATUS="1")
@@ -86,7 +97,8 @@ def test_a_start_that_is_killed_before_it_came_further_is_requeued_once(tmp_path
         return "scontrol requeue 41234" in recorder.story("slurm/spice.sh", ["recipe.yaml"], **mine, **ends)
 
     assert not is_requeued(STATUS="1")
-    assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
+    assert not is_requeued(STATUS="137", NOTE="job 41234 restart 0"), "that was srun, because a rank of another node had failed"
+    assert is_requeued(STATUS="137", NOTE="job 41233 restart 0") and not is_requeued(STATUS="137")
     assert is_requeued(STATUS="137", CHECKPOINT="iteration_0000001"), "it has come further"
     assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
 

@@ -1,6 +1,9 @@
 """What a shell script would start: run for real among stand-ins for Slurm, containers and Python that write down how they were
-called, with which changes to the environment, and then do what follows from it (srun runs its command once a node). STATUS and CHECKPOINT in the environment are how the ranks end and what they leave behind, SIGNALS what comes to the script while
-they run, SHOWN what Slurm says of the job, and OWNER who has taken the run's folder meanwhile.
+called, with which changes to the environment, and then do what follows from it (srun runs its command once a node, with the part of
+the environment that Slurm would give it). In the environment are: STATUS, CHECKPOINT and NOTE, how the ranks end, what they have
+saved and what their launcher leaves in the run's folder; SIGNALS, what comes to the script while they run, and EARLY before; SHOWN,
+what Slurm says of the job; OWNER, who has taken the run's folder meanwhile; FAILING, programs that fail; REFUSALS, how often Slurm does
+not take the job back.
 
 The story is text to compare with a file of tests/snapshots; `pytest --rewrite-snapshots` writes it there instead, to be read in
 the diff before it is committed.
@@ -16,37 +19,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOTS = ROOT / "tests" / "snapshots"
-PROGRAMS = ("srun", "scontrol", "scancel", "sbatch", "apptainer", "python", "getent", "nproc")
+PROGRAMS = ("srun", "scontrol", "scancel", "sbatch", "apptainer", "python", "getent", "nproc", "sleep")
 _QUIET = {"_", "SHLVL", "PWD", "OLDPWD", "RECORDS", "ANSWER", "SCRIPT"}
-_UNTOLD = ("getent", "nproc")
+_UNTOLD = ("getent", "nproc", "sleep")
 
 _STAND_IN = r"""#!/bin/bash
 name="$(basename "$0")"
-{ printf '%s\0' "$name" "$@"; printf '\n\0'; env -0; printf '\n\n\0'; } >>"$RECORDS"
+record() { { printf '%s\0' "$@"; printf '\n\0'; env -0; printf '\n\n\0'; } >>"$RECORDS"; }
+record "$name" "$@"
+case " $FAILING " in *" $name "*) echo "$name: no answer" >&2; exit 1 ;; esac
 case "$name $1 $2" in
   "scontrol show hostnames"*) for ((n = 1; n <= SLURM_JOB_NUM_NODES; n++)); do echo "node$n"; done ;;
   "scontrol show node"*) echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=$3" ;;
   "scontrol show job") echo "$SHOWN" ;;
+  "scontrol requeue"*) [ "$(grep -ac requeue "$RECORDS")" -gt "${REFUSALS:-0}" ] || { echo "$name: no answer" >&2; exit 1; } ;;
   "nproc"*) echo 16 ;;
   "getent"*) [ -z "$UNRESOLVED" ]; exit ;;
-  "python -m megatron_spice") cat "$ANSWER" ;;
-  "python -c"*) echo a.tunable=1 ;;
+  "python -m megatron_spice")
+    for signal in $EARLY; do kill -s "$signal" "$SCRIPT"; done
+    cat "$ANSWER" ;;
   "python -m megatron_spice.launch")
     [ -z "$CHECKPOINT" ] || mkdir -p "$SPICE_RUN_DIR/checkpoints/$CHECKPOINT"
     [ -z "$OWNER" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "{\"attempt\": \"$OWNER\"}" >"$SPICE_RUN_DIR/owner.json"; }
-    for signal in $SIGNALS; do kill -s "$signal" "$SCRIPT"; sleep 0.5; done
+    [ -z "$NOTE" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "$NOTE" >"$SPICE_RUN_DIR/failed_at"; }
+    for signal in $SIGNALS; do kill -s "$signal" "$SCRIPT"; /bin/sleep 0.5; done
     exit "${STATUS:-0}" ;;
   "python -m megatron_spice.telemetry.rank_logs") echo "first cause: rank 7" ;;
   "srun"*)
-    nodes=1
-    export SCRIPT=$PPID
-    for word in "$@"; do case "$word" in --nodes=*) nodes="${word#--nodes=}" ;; esac; done
+    nodes=1 export="$SLURM_EXPORT_ENV" clean=()
+    trap 'record "(srun gets SIGUSR1)"' USR1
+    for word in "$@"; do case "$word" in --nodes=*) nodes="${word#--nodes=}" ;; --export=*) export="${word#--export=}" ;; esac; done
+    [ "$export" != NONE ] || clean=(env -i PATH="$PATH" RECORDS="$RECORDS" ANSWER="$ANSWER")
     while [[ "$1" == --* ]]; do shift; done
-    for ((n = 0; n < nodes; n++)); do SLURM_NODEID=$n "$@" || status=$?; done
+    for ((n = 0; n < nodes; n++)); do "${clean[@]}" env SLURM_NODEID=$n "$@" || status=$?; done
     exit "${status:-0}" ;;
   "apptainer exec"*)
     shift
-    while [[ "$1" == --* ]]; do shift; done
+    while [[ "$1" == --* ]]; do [ "$1" != --bind ] || shift; shift; done
     shift
     exec "$@" ;;
 esac
@@ -85,8 +94,9 @@ class Recorder:
             "RECORDS": str(self._records), "ANSWER": str(self._answer), **more,
         }  # fmt: skip
         done = subprocess.run(
-            ["bash", script, *arguments], cwd=self.house, env=base, capture_output=True, text=True, timeout=60, check=False
-        )
+            ["bash", "-c", 'export SCRIPT=$$; exec bash "$@"', "--", script, *arguments], cwd=self.house, env=base, capture_output=True,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
         told = [f"$ {' '.join([*(f'{name}={shlex.quote(value)}' for name, value in more.items()), 'bash', script, shlex.join(arguments)])}"]
         for words, environment in self._calls():
             if words[0] in _UNTOLD:
