@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -47,13 +47,13 @@ def recipe(tmp_path_factory) -> Path:
 class Job:
     """A submitted run; `sleep_until` and `end` fail with its log."""
 
-    def __init__(self, slurm: Cluster, recipe: Path, run_dir: Path, *overrides: str):
+    def __init__(self, slurm: Cluster, recipe: Path, run_dir: Path, *overrides: str, options: Sequence[str] = ()):
         self.slurm, self.run_dir, self.log = slurm, run_dir, run_dir.with_suffix(".log")
         environment = {"SPICE_VENV": str(Path(sys.prefix)), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         exports = ",".join(["ALL", *(f"{name}={value}" for name, value in environment.items())])
         self.number = int(slurm.client(
-            "sbatch", "--parsable", "--nodes=2", f"--export={exports}", f"--output={self.log}", str(ROOT / "slurm" / "spice.sh"),
-            str(recipe), f"run.dir={run_dir}", *overrides, cwd=ROOT,
+            "sbatch", "--parsable", "--nodes=2", f"--export={exports}", f"--output={self.log}", *options,
+            str(ROOT / "slurm" / "spice.sh"), str(recipe), f"run.dir={run_dir}", *overrides, cwd=ROOT,
         ))  # fmt: skip
 
     def iterations(self) -> list[int]:
@@ -183,19 +183,41 @@ def _go_on_with_data_parallel_ranks_that_are_killed_stopped_and_lose_their_node(
     job.end("COMPLETED")
 
 
-def test_a_node_whose_daemon_alone_is_killed(slurm, recipe, tmp_path):
-    """Its ranks live on and nobody can end them. Slurm gives the node up and requeues the job, which goes on when the node is back."""
-    job = Job(slurm, recipe, tmp_path / "run", *SETTINGS[:1], "train.iterations=1000", "checkpoint.every=1", "cluster.timeout=60")
-    further(job)
-    slurm.kill("slurmd-n2")
+def test_a_grace_time_a_time_limit_and_a_first_node_whose_daemon_alone_is_killed(slurm, recipe, tmp_path):
+    """Of the first its script hears nothing, in an iteration before which nothing was saved. The second passes before its ranks have
+    ended: they are stopped. In the third the script and the ranks of the first node live on, and nobody can end them: Slurm gives
+    the node up and requeues the job, which goes on when the node is back."""
+    settings = (*SETTINGS[:1], "policy.pipeline_parallel_size=1", "train.iterations=1000", "checkpoint.every=1", "cluster.timeout=60")
+    job = Job(slurm, recipe, tmp_path / "run", *settings, options=["--partition=graceful", "--signal=B:USR1@1"])
+    job.sleep_until(lambda: "started: " in job.log.read_text() if job.log.is_file() else False)
+    signal_rank(job, 1, signal.SIGSTOP)  # or the iteration would be over; Slurm sends SIGCONT before SIGTERM
+    slurm.client("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     job.sleep_until(lambda: job.restarts() == 1)
-    slurm.start_node("n2")
+    told = job.log.read_text()
+    assert "interrupted (SIGTERM); the run had no finished iteration" in told and "spice.sh: requeued (restart 1)" in told, job.story()
+
+    limit_minutes(job, "1")
+    job.sleep_until(lambda: len(ranks(job.run_dir)) == 4)
+    for rank in ranks(job.run_dir):
+        rank.send_signal(signal.SIGSTOP)
+    job.sleep_until(lambda: job.restarts() == 2)
+    limit_minutes(job, "UNLIMITED")
+    assert f"Time limit exhausted for JobId={job.number}" in (slurm.folder / "slurmctld.log").read_text(), job.story()
+
+    further(job)
+    slurm.kill("slurmd-n1")
+    job.sleep_until(lambda: job.restarts() == 3)
+    slurm.start_node("n1")
     further(job)
     further(job)
     slurm.client("scancel", str(job.number))
     job.end("CANCELLED")
     assert job.iterations() == list(range(1, job.iterations()[-1] + 1))
     assert not ranks(job.run_dir), "something outlived the job"
+
+
+def limit_minutes(job: Job, minutes: str) -> None:
+    job.slurm.client("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
 
 
 def further(job: Job) -> None:

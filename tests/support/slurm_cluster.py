@@ -167,7 +167,8 @@ def _until(condition, made: Cluster, what: str, seconds: float = 30.0) -> None:
 
 
 def _configuration(folder: Path, munge: Path, controller: int, slurmd: list[int], cpus: int) -> str:
-    """cred_expire is also how long a requeued job has to wait, 2 minutes by default. Jobs of `urgent` preempt those of `main`."""
+    """cred_expire is also how long a requeued job has to wait, 2 minutes by default. Jobs of `urgent` preempt those of `main`, and
+    those of `graceful`, whose steps are told to end first, and whose scripts are not."""
     return f"""\
 ClusterName=test
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
@@ -200,6 +201,7 @@ NodeName=n2 NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={slurmd[
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=graceful Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=90
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10
 """
 
