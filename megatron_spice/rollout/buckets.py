@@ -12,12 +12,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.multiprocessing  # noqa: F401  teaches ForkingPickler to send tensors as handles
+
+from megatron_spice.cluster.interruption import SIGNALS
 
 _ALIGNMENT = 16
 
@@ -127,4 +130,10 @@ def _share(flat: torch.Tensor) -> torch.Tensor:
     """Moves it into shared memory that is passed on by file name: passing file descriptors needs a secret that only a parent
     and its multiprocessing children share."""
     torch.multiprocessing.set_sharing_strategy("file_system")
-    return flat.share_memory_()
+    # The first call starts a process of torch's that keeps the files' names, and sharing fails without it. It inherits what is
+    # blocked: signals that Slurm and terminals send to all of a job's processes must not end it before the ranks have saved.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return flat.share_memory_()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import base64
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,30 @@ def test_parameters_that_are_not_what_was_sent_are_named(wrong, capsys):
     else:
         bucket_loader.load(model, handle)
         assert "compared 2 parameters" in capsys.readouterr().out
+
+
+def test_what_keeps_shared_memory_outlives_signals_to_all_of_a_job():
+    """Slurm, a launcher and a terminal send them to every process. The rank itself gets them as before."""
+    code = """
+import os, signal, time
+import psutil, torch
+from megatron_spice.cluster.interruption import SIGNALS
+from megatron_spice.rollout.buckets import Parcel
+got = []
+for number in SIGNALS:
+    signal.signal(number, lambda number, frame: got.append(number))
+parcel = Parcel()
+parcel(10, torch.uint8)
+[keeper] = psutil.Process().children(recursive=True)
+for number in SIGNALS:
+    keeper.send_signal(number)
+    os.kill(os.getpid(), number)
+time.sleep(0.5)
+assert keeper.is_running() and keeper.status() != psutil.STATUS_ZOMBIE, keeper
+assert sorted(got) == sorted(SIGNALS), got
+parcel(1000, torch.uint8)
+parcel(1000, torch.uint8)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
