@@ -46,7 +46,15 @@ def train(config: Config, build: Callable[..., Run] = assemble) -> None:
     timeout = config.cluster.timeout
     with distributed.process_group(topology, timeout) as store, watched(config, topology, store), ExitStack() as stack:
         interruption = Interruption(store)
-        run = build(config, topology, store, stack, interruption)
+        try:
+            run = build(config, topology, store, stack, interruption)
+        except EngineError:
+            # All of a job's processes are told to end, and an engine that only starts has no handler yet. Nothing is lost with it.
+            if not interruption.agreed():
+                raise
+            if topology.is_first:
+                print(f"interrupted ({interruption.reason}) while its engines started; the same command goes on", flush=True)
+            raise SystemExit(INTERRUPTED) from None
         if run.pairs is not None:
             warm_up(run, run.pairs)
         for iteration in range(run.done + 1, config.train.iterations + 1):

@@ -14,7 +14,7 @@ from typing import Any
 
 def run(recipe: Path, overrides: list[str], failures: int, ends: bool = False) -> tuple[str, int]:
     """Trains with an engine that fails `failures` times; returns what the run has printed, and its exit code. With `ends` the run is
-    asked to end while the engine is started again, and that is not waited for."""
+    asked to end while the engine is started after the last failure, and that is not waited for."""
     from megatron_spice.cluster import platform
 
     platform.prepare("cpu")
@@ -34,7 +34,7 @@ def run(recipe: Path, overrides: list[str], failures: int, ends: bool = False) -
             pass
 
         def wait_ready(self) -> None:
-            if ends and left[0] < failures:
+            if ends and not left[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
                 if self._is_ending():
                     raise EngineError("not waited for")

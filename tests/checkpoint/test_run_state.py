@@ -80,8 +80,9 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(recipe, begun, tmp_p
     assert [line["engines/restarts"] for line in metrics] == [1, 0] and second["iteration"] == 2
 
 
-def test_a_run_that_is_to_end_does_not_wait_for_an_engine_that_it_is_replacing(recipe, tmp_path):
+@pytest.mark.parametrize("failures, told", [(0, "while its engines started"), (1, "it is replaced")])
+def test_a_run_that_is_to_end_does_not_wait_for_an_engine_that_starts(recipe, tmp_path, failures, told):
     """The time it has for its end is shorter than an engine's start. And it is interrupted then, not failed."""
     overrides = [*SETTINGS, f"run.dir={tmp_path / 'run'}", "train.iterations=1"]
-    [(printed, code)] = run_ranks(1, ON_RANKS, "run", recipe, overrides, 1, True)
-    assert code == INTERRUPTED and "it is replaced" in printed and "interrupted (SIGTERM)" in printed
+    [(printed, code)] = run_ranks(1, ON_RANKS, "run", recipe, overrides, failures, True)
+    assert code == INTERRUPTED and told in printed and "interrupted (SIGTERM)" in printed
