@@ -48,15 +48,15 @@ def test_a_server_of_another_vocabulary_needs_its_own_tokenizer(tmp_path, one_ra
         for vocabulary in (151936, 301, 299, 100):
             server.vocabulary = vocabulary
             with pytest.raises(ConfigError, match="policy.model, which has 300 ids, .*give its model's in rollout.challenger.tokenizer"):
-                engines_beside(config, Topology(), [0], tokenizer)
+                engines_beside(config, Topology(), [0], tokenizer, lambda: False)
         server.vocabulary = 300
-        [engine] = engines_beside(config, Topology(), [0], tokenizer)
+        [engine] = engines_beside(config, Topology(), [0], tokenizer, lambda: False)
         assert engine.url == server.url
 
         given = write_tokenizer(tmp_path / "theirs", "theirs" * 9, 264)
         config, tokenizer = of(tmp_path, server.url, f"rollout.challenger.tokenizer={given}")
         server.vocabulary = 151936
-        assert engines_beside(config, Topology(), [0], tokenizer)
+        assert engines_beside(config, Topology(), [0], tokenizer, lambda: False)
         server.vocabulary = 263
         with pytest.raises(ConfigError, match="does not know token 263 of the tokenizer"):
-            engines_beside(config, Topology(), [0], tokenizer)
+            engines_beside(config, Topology(), [0], tokenizer, lambda: False)
