@@ -6,6 +6,7 @@ Where everything goes, what it takes of the devices' memory, and how long it is 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -109,11 +110,10 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str], calibration: P
     accelerators = f" --gpus-per-node={per_node}" if machine.device(config.cluster.device) == "cuda" else ""
     lines = SCRIPT.read_text(encoding="utf-8").splitlines() if SCRIPT.is_file() else []
     directives = [line for line in lines if line.startswith("#SBATCH") and not line.startswith("#SBATCH --nodes")]
-    warning, asked = _warning(config, num_nodes, calibration), ""
-    if warning > estimate.SHORTEST_WARNING:  # more than the script asks for by itself
-        asked = f" --signal=B:USR1@{warning}"
+    asked, told = _ending(config, num_nodes, calibration)
+    if asked:
         directives = [f"#SBATCH{asked}" if line.startswith("#SBATCH --signal=") else line for line in directives]
-    start = ["# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives]
+    start = ["# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives, *told]
     return "\n".join([*start, *_without_slurm(config, num_nodes, words), ""])
 
 
@@ -144,14 +144,22 @@ def _environment(config: Config) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _warning(config: Config, num_nodes: int, calibration: Path | None) -> int:
-    """Seconds before the time limit at which the job wants to be told of it; the least where the recipe cannot be judged."""
+def _ending(config: Config, num_nodes: int, calibration: Path | None) -> tuple[str, list[str]]:
+    """What sbatch is asked for if the job wants to hear of its time limit earlier than the script asks by itself, and in words how
+    long Slurm must wait for it when it ends it before; nothing where the recipe cannot be judged."""
     constants = read_device(calibration or default_file(machine.device(config.cluster.device)))
     try:
         shape = read_architecture(config.policy.model)
-        return estimate.warning_seconds(config, shape, num_nodes, constants, machine.usable_cores())
+        judged = (config, shape, num_nodes, constants, machine.usable_cores())
+        warning, (playing, longest) = estimate.warning_seconds(*judged), estimate.ending_seconds(*judged)
     except ConfigError:
-        return estimate.SHORTEST_WARNING
+        return "", []
+    told = [
+        f"told to end before (scancel, scontrol requeue, a preemption), it is saved after about {math.ceil(playing)} s while it plays, "
+        f"{math.ceil(longest)} s at most:",
+        "Slurm's KillWait (`scontrol show config`; 30 s by default), and a GraceTime before it, should leave it that long",
+    ]
+    return f" --signal=B:USR1@{warning}" if warning > estimate.SHORTEST_WARNING else "", told
 
 
 def launch_environment(config: Config) -> str:

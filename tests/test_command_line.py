@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,10 +86,19 @@ def test_a_plan_asks_for_an_earlier_warning_where_a_job_takes_long_to_end(tmp_pa
     constants = json.loads((ROOT / "megatron_spice" / "cost" / "devices" / "cpu.json").read_text())
     said = run("plan", QUICKSTART, f"policy.model={model}", "--nodes=2").stdout
     assert "sbatch --nodes=2 slurm/spice.sh" in said and "#SBATCH --signal=B:USR1@180\n" in said
+    playing, longest = _seconds_until_saved(said)
+    assert 2 < playing <= longest < 180
     constants["constants"]["hand_over"]["value"] = 200.0  # of a sync, which is finished, and of the way back to the policy
     calibration.write_text(json.dumps(constants))
     said = run("plan", QUICKSTART, f"policy.model={model}", "--nodes=2", f"--calibration={calibration}").stdout
     assert "sbatch --nodes=2 --signal=B:USR1@420 slurm/spice.sh" in said and "#SBATCH --signal=B:USR1@420\n" in said
+    assert _seconds_until_saved(said)[0] == playing and 400 < _seconds_until_saved(said)[1] <= 420
+
+
+def _seconds_until_saved(said: str) -> tuple[int, int]:
+    """Those that `plan` wants of Slurm when it ends a job: while it plays, and at most."""
+    told = re.search(r"saved after about (\d+) s while it plays, (\d+) s at most:\n.*KillWait .*GraceTime", said)
+    return int(told[1]), int(told[2])
 
 
 def test_an_impossible_plan_is_printed_and_refused():

@@ -30,6 +30,7 @@ MOST_RANKS = 1024
 EPISODE_BYTES = 12.0  # of a token in what ranks exchange: id and log-probability
 HAND_OVERS, BARRIERS = 1.0, 8.0  # of an iteration
 SHORTEST_WARNING = 180  # seconds
+HEARD = 2.0  # seconds in which all ranks have heard that they are asked to end; they look every half a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,21 @@ def most_bytes(
 
 
 def warning_seconds(config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1) -> int:
-    """How long before its time limit a job wants to be told, in whole minutes: for the longest phase that it may be in, which is
-    finished, and for a save, before which one that is under way is waited for. Passages that are being played are given up."""
+    """How long before its time limit a job wants to be told, in whole minutes."""
+    return max(SHORTEST_WARNING, 60 * math.ceil(ending_seconds(config, architecture, num_nodes, device, cores)[1] / 60.0))
+
+
+def ending_seconds(
+    config: Config, architecture: ModelArchitecture, num_nodes: int, device: Device, cores: int = 1
+) -> tuple[float, float]:
+    """How long a job takes to be saved when it is asked to end: while it plays, when passages are given up and what sleeps is written
+    from where it is; and at most, when the longest phase is finished before, and a save that is under way is waited for."""
     layout = ParallelLayout.of(config.policy, architecture, num_nodes * config.cluster.ranks_per_node)
     phases = estimate(config, architecture, num_nodes, device, cores).phases
     longest = max(seconds for name, seconds in phases.items() if name != "play")
     copied, written = (most_bytes(count, config, architecture, layout) for count in (bytes_saved, bytes_written))
-    saves = device.seconds(save_work(copied) | {"save_write": 2.0 * written})
-    return max(SHORTEST_WARNING, 60 * math.ceil((longest + phases["wake"] + saves) / 60.0))
+    write, saves = device.seconds({"save_write": written}), device.seconds(save_work(copied) | {"save_write": 2.0 * written})
+    return HEARD + write, HEARD + longest + phases["wake"] + saves
 
 
 def sync_work(config: Config, architecture: ModelArchitecture, moved: float) -> Work:
