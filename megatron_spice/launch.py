@@ -162,7 +162,9 @@ def _logs(failures: Mapping[int, ProcessFailure]) -> list[rank_logs.RankLog]:
         return answer(marked, _PATIENCE)
     except NoAnswer:
         print(f"spice: {rank_log.folder_of(Path(run_dir))} gave no log for {_PATIENCE:.0f} s: is its file system dead?", file=sys.stderr)
-        return []
+    except OSError as error:
+        print(f"spice: {rank_log.folder_of(Path(run_dir))} gave no log: {error}", file=sys.stderr)
+    return []
 
 
 def _note(run_dir: Path, cause: rank_logs.RankLog | None) -> None:

@@ -125,11 +125,11 @@ def test_a_container_runs_the_tool(model: Path, tmp_path: Path) -> None:
     image.touch()
     tool = f"{sys.prefix}/bin/python {ROOT}/tools/preprocess_corpus.py {tmp_path} --tokenizer {model}"
     done = run(tmp_path, model, tmp_path / "corpus", PATH=path, SPICE_CONTAINER=str(image))
-    assert done.stdout.startswith(f"apptainer exec {image} {tool}")
-    done = run(tmp_path, model, tmp_path / "corpus", PATH=path, SPICE_CONTAINER="registry/image:1", SPICE_MOUNTS="/data")
-    here = os.getcwd()
-    mounts = f"--container-mounts={ROOT}:{ROOT},{here}:{here},/data --container-workdir={here}"
-    assert done.stdout.startswith(f"srun --ntasks=1 --container-image=registry/image:1 {mounts} {tool}")
+    assert done.stdout.startswith(f"apptainer exec --nv --bind {ROOT}:{ROOT}") and f" {image} {tool}" in done.stdout
+    in_job = {"SPICE_CONTAINER": "registry/image:1", "SPICE_MOUNTS": "/data", "SLURM_JOB_ID": "1"}  # Pyxis is srun's
+    done = run(tmp_path, model, tmp_path / "corpus", PATH=path, **in_job)
+    step = f"srun --nodes=1 --ntasks=1 --export=ALL --container-image=registry/image:1 --container-mounts={ROOT}:{ROOT}"
+    assert done.stdout.startswith(step) and f",/data --container-workdir={os.getcwd()} {tool}" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,8 @@ def _replace_state(log: RankLog) -> RankLog:
 
 def _read_end(path: Path) -> RankLog:
     with open(path, "rb") as file:
+        if not file.seekable():  # a pipe, which somebody may have put in its place
+            return _parsed(path, file)
         length = file.seek(0, os.SEEK_END)
         for size in ENDS:
             file.seek(max(0, length - size))
