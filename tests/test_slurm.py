@@ -60,7 +60,7 @@ class Job:
         log = self.run_dir / "metrics.jsonl"
         return [json.loads(line)["iteration"] for line in log.read_text().splitlines()] if log.is_file() else []
 
-    def sleep_until(self, condition: Callable[[], bool], seconds: float = 240.0) -> None:
+    def sleep_until(self, condition: Callable[[], bool], seconds: float = 480.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.story()
