@@ -32,6 +32,8 @@ if [ -f "${SPICE_CONTAINER:-}" ] && [[ "$SPICE_CONTAINER" != *.sqsh ]]; then
 elif [ -n "${SPICE_CONTAINER:-}" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
   contained=(--container-image="$SPICE_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
   here=(srun --nodes=1 --ntasks=1 --export=ALL "${contained[@]}")
+elif [ -n "${SPICE_CONTAINER:-}" ]; then
+  echo "without SPICE_CONTAINER=$SPICE_CONTAINER: Pyxis runs it in a Slurm job only" >&2
 fi
 # In a container this Python may be one that is not there outside.
 [ "${#here[@]}" -gt 0 ] || [ -x "$python" ] || fail "$python is not there; run \`bash $root/install.sh\` first"
