@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -215,6 +216,29 @@ def test_a_grace_time_a_time_limit_and_a_first_node_whose_daemon_alone_is_killed
     job.end("CANCELLED")
     assert job.iterations() == list(range(1, job.iterations()[-1] + 1))
     assert not ranks(job.run_dir), "something outlived the job"
+
+
+def test_srun_tells_its_tasks_while_the_controller_gives_no_answer(slurm, tmp_path):
+    """So slurm/spice.sh passes the warning on, also when it comes while one controller takes over from another."""
+    task = f"""trap 'touch {tmp_path}/told.$SLURM_NODEID; exit 0' USR1; touch {tmp_path}/began.$SLURM_NODEID; while :; do sleep 0.2; done"""
+    words = ["srun", "--nodes=2", "--ntasks=2", "bash", "-c", task]
+    script = f"#!/bin/bash\n{shlex.join(words)} &\necho $! >{tmp_path}/srun\nwait\n"
+    number = slurm.client("sbatch", "--parsable", "--nodes=2", "--output=/dev/null", input=script).strip()
+
+    def are_there(pattern: str) -> bool:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob(pattern))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return len(list(tmp_path.glob(pattern))) == 2
+
+    assert are_there("began.*"), slurm.ends_of_logs(2000)
+    slurm.daemons["slurmctld"].send_signal(signal.SIGSTOP)
+    try:
+        os.kill(int((tmp_path / "srun").read_text()), signal.SIGUSR1)
+        assert are_there("told.*")
+    finally:
+        slurm.daemons["slurmctld"].send_signal(signal.SIGCONT)
+    assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED")["JobState"] == "COMPLETED"
 
 
 def limit_minutes(job: Job, minutes: str) -> None:
