@@ -78,6 +78,8 @@ def forking(launch: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 
     Another might hold a lock that the copy would wait for forever. So it is looked at here, after all that SGLang does before.
     """
+    from tqdm import tqdm
+
     if (num_threads := len(os.listdir("/proc/self/task"))) > 1:
         print(
             f"the server has {num_threads} threads already: its processes are not forked, and import for themselves "
@@ -86,6 +88,7 @@ def forking(launch: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return launch(*arguments, **more)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("fork", force=True)
+    tqdm.get_lock()  # of the bars that it draws as it loads: made by a spawning process it has a name in /dev/shm, left by one that is killed
     try:
         return launch(*arguments, **more)
     finally:

@@ -30,9 +30,9 @@ def shared_memory(*pids: int) -> set[Path]:
 
 def assert_forked(engine: SglangEngine) -> None:
     """That an engine's processes share what the server has imported: importing SGLang takes each of them as long as the server
-    otherwise."""
+    otherwise. (Spawned ones would have a tracker beside them, too, of semaphores that have names.)"""
     server = psutil.Process(engine.pid)
-    children = {process.name()[:14]: process for process in server.children()}
-    assert {"sglang::schedu", "sglang::detoke"} <= set(children)
+    children = {process.name()[:14]: process for process in server.children(recursive=True)}
+    assert set(children) == {"sglang::schedu", "sglang::detoke"}
     used, imported = children["sglang::detoke"].cpu_times().user, server.cpu_times().user
     assert used < 0.5 * imported, f"{used} s of a processor beside the server's {imported}"
