@@ -13,8 +13,11 @@
 #   sbatch --nodes=4 [--gpus-per-node=8 ...] slurm/benchmark.sh [--nodes-list 1,2,4] RECIPE [key.sub=value ...]
 #   bash slurm/benchmark.sh [--ranks-list 1,2] RECIPE [key.sub=value ...]      on this machine, by ranks instead of nodes
 #
-#   --iterations N     timed iterations of each run, after one that is not (default 3)
-#   --output DIR       where runs and results go (default runs/benchmark-DATE); without runs of an earlier call
+#   --iterations N     timed iterations of each run, after one that is not (default 9); three or more of them follow a save, if N allows
+#   --output DIR       where runs and results go (default runs/benchmark-DATE)
+#
+# Where a run fails, the others are made, there are results of those that are complete, and this ends with the failed one's exit code.
+# The same call again, with --output, makes the runs that are missing.
 #
 # Every run is one of slurm/spice.sh. DIR/benchmark.json has the suites policy, sync, rollout, iteration and checkpoint for each
 # number of nodes, with versions, machine, recipe, seed and revision; DIR/benchmark.png shows efficiency and seconds by phase.
@@ -36,7 +39,7 @@ find_root() {
   fail "the repository was not found; submit from its folder, or set SPICE_ROOT"
 }
 
-unit=ranks counts='' iterations=3 output="runs/benchmark-$(date +%Y%m%d-%H%M%S)"
+unit=ranks counts='' iterations=9 output="runs/benchmark-$(date +%Y%m%d-%H%M%S)"
 available="${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}"
 [ -z "${SLURM_JOB_ID:-}" ] || unit=nodes
 while [[ "${1:-}" == --* ]]; do
@@ -72,25 +75,28 @@ IFS=, read -r -a numbers <<<"$counts"
 for count in "${numbers[@]}"; do
   [ "$unit" = ranks ] || [ "$count" -le "$available" ] || code=2 fail "--nodes-list names $count nodes, the allocation has $available"
 done
+# What is wrong with the recipe for any of the numbers is said before the first run. There is nothing to override for one that is complete.
+settings=()
 for count in "${numbers[@]}"; do
-  # Each run begins anew: one that was begun before, or ended, is neither gone on from nor removed.
-  run="$output/$unit-$count"
-  [ ! -e "$run" ] || code=2 fail "$run is of an earlier call; name another --output, or remove it: rm -r $(printf %q "$run")"
+  settings[count]="$("${tool[@]}" overrides --unit "$unit" --count "$count" --iterations "$iterations" --output "$output" "$@")" || exit $?
 done
 mkdir -p "$output"
-# What is wrong with the recipe for any of the numbers is said before the first run.
+failed=0
 for count in "${numbers[@]}"; do
-  "${tool[@]}" overrides --unit "$unit" --count "$count" --iterations "$iterations" --output "$output" "$@" >"$output/overrides-$count" || exit $?
-done
-for count in "${numbers[@]}"; do
-  mapfile -t overrides <"$output/overrides-$count"
-  printf 'benchmark.sh: %s %s\n' "$count" "$unit"
-  if [ "$unit" = nodes ]; then
-    # A step of so many of the allocation's nodes, from the first on.
-    SLURM_JOB_NUM_NODES="$count" SLURM_NNODES="$count" bash "$root/slurm/spice.sh" "$1" "${overrides[@]}"
-  else
-    bash "$root/slurm/spice.sh" "$1" "${overrides[@]}"
+  if [ -z "${settings[count]}" ]; then
+    printf 'benchmark.sh: %s %s: complete already\n' "$count" "$unit"
+    continue
   fi
-  rm -f "$output/overrides-$count"
+  mapfile -t overrides <<<"${settings[count]}"
+  printf 'benchmark.sh: %s %s\n' "$count" "$unit"
+  status=0 so_many=()
+  [ "$unit" = ranks ] || so_many=(env SLURM_JOB_NUM_NODES="$count" SLURM_NNODES="$count") # of the allocation's nodes
+  "${so_many[@]}" bash "$root/slurm/spice.sh" "$1" "${overrides[@]}" || status=$?
+  [ "$status" -ne 0 ] || continue
+  printf 'benchmark.sh: %s %s ended with %s\n' "$count" "$unit" "$status" >&2
+  failed=$status
+  [ "$status" -ne 75 ] && [ "$status" -lt 128 ] || break # told to end, or killed: nothing more is begun
 done
-"${tool[@]}" collect --unit "$unit" --counts "$counts" --output "$output" "$@"
+"${tool[@]}" collect --unit "$unit" --counts "$counts" --iterations "$iterations" --output "$output" "$@" ||
+  failed=$((failed ? failed : $?))
+exit "$failed"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slurm_cluster import cluster_or_skip, why_not
 from tiny_recipe import tiny_recipe
+
+from megatron_spice.checkpoint.ownership import Ownership
+from megatron_spice.config.describe import resolved
+from megatron_spice.config.loader import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "slurm" / "benchmark.sh"
@@ -54,14 +59,68 @@ def test_a_wrong_start_ends_with_2_before_any_run(recipe, tmp_path, arguments, n
     assert not list(tmp_path.glob("out/*/metrics.jsonl"))
 
 
-def test_runs_of_an_earlier_call_are_left_alone(recipe, tmp_path):
-    log = tmp_path / "out" / "ranks-2" / "metrics.jsonl"
-    log.parent.mkdir(parents=True)
-    log.touch()
-    command = ["bash", str(SCRIPT), "--ranks-list", "1,2", "--output", "out", str(recipe)]
+def test_runs_with_other_settings_are_left_alone(recipe, tmp_path):
+    folder = tmp_path / "out" / "ranks-2"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("train: {passages: 7}\n")
+    command = ["bash", str(SCRIPT), "--ranks-list", "2", "--output", "out", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "out/ranks-2 is of an earlier call" in done.stderr and "rm -r out/ranks-2" in done.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ranks-2"] and log.is_file()
+    assert done.returncode == 2 and f"{folder} is of an earlier call with other settings" in done.stderr
+    assert f"rm -r {folder}" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ranks-2"] and (folder / "recipe.yaml").is_file()
+
+
+def call(command: str, recipe: Path, output: Path, *options: str, iterations: int = 9) -> list[str]:
+    """Arguments of node_benchmark.py for a benchmark by nodes."""
+    return [command, "--unit", "nodes", "--iterations", str(iterations), "--output", str(output), *options, str(recipe), *ALONE]
+
+
+def made_run(capsys, recipe: Path, output: Path, count: int, seconds: list[float]) -> Path:
+    """A run's folder after iterations that took so long; each third of them is saved, as its overrides say."""
+    assert node_benchmark.main(call("overrides", recipe, output, "--count", str(count))) == 0
+    config = load_config(recipe, capsys.readouterr().out.splitlines())
+    lines = [
+        {"iteration": number, "seconds/iteration": each, "seconds/play": each / 2, "seconds/train": each / 2, "policy/tokens": 100,
+         "challenger/attempts": 8, "challenger/length": 9, "seconds/save": 0.1 if number % config.checkpoint.every == 1 else 0.0}
+        for number, each in enumerate(seconds, start=1)
+    ]  # fmt: skip
+    config.run.dir.mkdir(parents=True)
+    (config.run.dir / "recipe.yaml").write_text(resolved(config))
+    (config.run.dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config.run.dir
+
+
+def test_what_is_complete_is_collected_and_the_same_call_makes_the_rest(recipe, tmp_path, capsys):
+    output = tmp_path / "out"
+    made_run(capsys, recipe, output, 1, [99.0, *[8.0, 10.0, 12.0] * 3])
+    made_run(capsys, recipe, output, 2, [99.0, *[10.0, 12.5, 15.0] * 3])
+    broken = made_run(capsys, recipe, output, 4, [99.0, 10.0])
+    assert node_benchmark.main(call("collect", recipe, output, "--counts", "1,2,4")) == 1
+    said = capsys.readouterr().err
+    assert "not complete: 4 nodes" in said and f"--output {output} makes what is missing" in said
+    report = node_report.read_report(output / "benchmark.json")
+    assert [(each.count, each.passages, each.efficiency) for each in report.counts] == [(1, 3, 1.0), (2, 6, 0.8)]
+    assert report.command == f"slurm/benchmark.sh --nodes-list 1,2,4 --iterations 9 {recipe} {' '.join(ALONE)}"
+    assert node_benchmark.main(call("overrides", recipe, output, "--count", "2")) == 0 and capsys.readouterr().out == ""
+    assert node_benchmark.main(call("overrides", recipe, output, "--count", "4")) == 0 and f"run.dir={broken}\n" in capsys.readouterr().out
+    assert not broken.exists() and (output / "nodes-4.unfinished-1" / "metrics.jsonl").is_file()
+    made_run(capsys, recipe, output, 4, [99.0, *[20.0] * 9])
+    assert node_benchmark.main(call("collect", recipe, output, "--counts", "1,2,4")) == 0
+    assert [each.efficiency for each in node_report.read_report(output / "benchmark.json").counts] == [1.0, 0.8, 0.5]
+    assert node_benchmark.main(call("overrides", recipe, output, "--count", "4", iterations=5)) == 2
+
+
+def test_a_run_that_goes_on_still_is_not_set_aside(recipe, tmp_path, capsys):
+    folder = made_run(capsys, recipe, tmp_path / "out", 1, [99.0])
+    other = [sys.executable, ROOT / "tools" / "node_benchmark.py", *call("overrides", recipe, tmp_path / "out", "--count", "1")]
+    with Ownership(folder):
+        done = subprocess.run(other, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    assert done.returncode == 2 and "is in use" in done.stderr and folder.is_dir()
+
+
+def test_where_nothing_is_complete_there_is_no_result(recipe, tmp_path, capsys):
+    assert node_benchmark.main(call("collect", recipe, tmp_path / "out", "--counts", "1,2")) == 1
+    assert "not complete: 1, 2 nodes" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @needs_slurm
@@ -79,10 +138,11 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
         assert ended["JobState"] == "COMPLETED", log.read_text()[-4000:]
     report = node_report.read_report(output / "benchmark.json")
     assert [(each.count, each.ranks, each.passages) for each in report.counts] == [(1, 1, 3), (2, 2, 6)]
-    assert report.counts[0].efficiency == 1.0 and 0 < report.counts[1].efficiency < 2
+    middles = [statistics.median(line["seconds/iteration"] for line in timed(output / f"nodes-{count}")) for count in (1, 2)]
+    assert [each.efficiency for each in report.counts] == [1.0, pytest.approx(middles[0] / middles[1])]
     for each in report.counts:
         assert set(each.suites) == SUITES and all(one.values for suite in each.suites.values() for one in suite.values())
-        assert len(each.suites["checkpoint"]["waited_seconds"].values) == 1, "one of three iterations follows a save"
+        assert len(each.suites["checkpoint"]["waited_seconds"].values) == 3, "each of three iterations follows a save"
         checkpoint = output / f"nodes-{each.count}" / "checkpoints" / "iteration_0000004"
         size = sum(file.stat().st_size for file in checkpoint.rglob("*.distcp"))
         assert each.suites["checkpoint"]["gib"].median * 2**30 == pytest.approx(size, rel=0.05)
@@ -92,6 +152,13 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     text = node_report.comparison(report, report)
     assert "warning" not in text and "worse" not in text and "1.000" in text
+
+
+def timed(run: Path) -> list[dict]:
+    """What the run's log has of its three iterations after the first."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    return lines[1:]
 
 
 def measured(seconds: list[float]) -> node_report.Measurement:
@@ -155,10 +222,21 @@ def test_a_suite_of_saves_has_what_followed_one():
     assert [found[name].values for name in ("waited_seconds", "write_seconds", "gib")] == [[0.5] * 3, [3.0], [2.0]]
 
 
-@pytest.mark.parametrize("iterations, told", [(1, 1), (3, 2), (9, 2)])
-def test_saves_are_made_as_the_recipe_says_and_one_is_measured(recipe, tmp_path, capsys, iterations, told):
-    arguments = ["overrides", "--unit", "ranks", "--count", "2", "--iterations", str(iterations), "--output", str(tmp_path / "out"), str(recipe)]
-    assert node_benchmark.main(arguments) == 0 and f"checkpoint.every={told}\n" in capsys.readouterr().out
+@pytest.mark.parametrize("every, iterations, told", [(2, 1, 1), (2, 3, 1), (2, 9, 2), (10, 9, 3), (10, 100, 10)])
+def test_saves_are_made_as_the_recipe_says_and_three_are_measured(recipe, tmp_path, capsys, every, iterations, told):
+    arguments = [*call("overrides", recipe, tmp_path / "out", "--count", "2", iterations=iterations), f"checkpoint.every={every}"]
+    assert node_benchmark.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"checkpoint.every={told}", "checkpoint.resume=never"]
+    following = [number for number in range(2, iterations + 2) if (number - 1) % told == 0]
+    assert len(following) >= min(3, iterations)
+
+
+def test_what_a_default_call_measures_of_saves_is_enough_to_be_compared(recipe, tmp_path, capsys):
+    made_run(capsys, recipe, tmp_path / "out", 1, [10.0] * 10)
+    assert node_benchmark.main(call("collect", recipe, tmp_path / "out", "--counts", "1")) == 0
+    report = node_report.read_report(tmp_path / "out" / "benchmark.json")
+    assert report.counts[0].suites["checkpoint"]["waited_seconds"].values == [0.1] * 4, "the recipe saves each second iteration"
+    assert "below" not in node_report.comparison(report, report)
 
 
 def test_another_file_is_refused(tmp_path):

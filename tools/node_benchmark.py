@@ -2,14 +2,16 @@
 """The two ends of slurm/benchmark.sh: what each of its runs has to override, and what they measured together.
 
 Weak scaling: a run on N nodes (or ranks of one machine) has N times the recipe's passages. The first iteration is not counted.
-Checkpoints are made as often as the recipe says, and after the last but one iteration at the latest: the next one has the seconds
-that it waited for it, and those in which it was written.
+Checkpoints are made as often as the recipe says, and so often that three timed iterations follow one: these have the seconds that
+they waited for it, and those in which it was written.
+
+Runs of an earlier call with the same settings are taken as they are if they are complete, and else set aside and made anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import shlex
 import statistics
 import sys
@@ -23,15 +25,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from benchmark_figures import scaling_figure  # noqa: E402
 from benchmark_options import columns, several  # noqa: E402
-from node_report import Count, Measurement, Report  # noqa: E402
+from node_report import FEWEST, Count, Measurement, Report  # noqa: E402
 
 from megatron_spice import machine  # noqa: E402
+from megatron_spice.checkpoint import ownership  # noqa: E402
 from megatron_spice.config.checks import check  # noqa: E402
 from megatron_spice.config.describe import resolved  # noqa: E402
 from megatron_spice.config.errors import EXIT_CODE, ConfigError  # noqa: E402
 from megatron_spice.config.loader import load_config  # noqa: E402
 from megatron_spice.config.schema import Config  # noqa: E402
+from megatron_spice.telemetry.json_lines import read_json_lines  # noqa: E402
+from megatron_spice.telemetry.run_log import METRICS_NAME  # noqa: E402
 
+RECIPE_NAME = "recipe.yaml"
 PHASES = ("sync", "play", "wake", "train", "save", "recover", "other")
 VERSIONS = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine", "numpy")
 
@@ -53,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--unit", choices=["nodes", "ranks"], required=True)
         command.add_argument("--output", type=Path, required=True)
+        command.add_argument("--iterations", type=int, required=True)
         if name == "overrides":
             command.add_argument("--count", type=int, required=True)
-            command.add_argument("--iterations", type=int, required=True)
         else:
             command.add_argument("--counts", type=several, required=True)
         command.add_argument("recipe")
@@ -65,19 +71,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _overrides(options: argparse.Namespace) -> int:
-    """Prints what the run of one number overrides, the user's own first; checks the recipe so."""
-    config = load_config(options.recipe, options.overrides)
-    every = min(config.checkpoint.every, options.iterations)
-    made = list(options.overrides)
-    made += [
-        f"run.dir={run_dir(options.output, options.unit, options.count)}", f"train.passages={config.train.passages * options.count}",
-        f"train.iterations={options.iterations + 1}", f"checkpoint.every={every}", "checkpoint.resume=never",
-    ]  # fmt: skip
-    if options.unit == "ranks":
-        made.append(f"cluster.ranks_per_node={options.count}")
-    check(load_config(options.recipe, made), options.count if options.unit == "nodes" else 1)
+    """Prints what the run of one number overrides, the user's own first; checks the recipe so. Nothing for a run that is complete."""
+    made = _made(options, options.count)
+    config = load_config(options.recipe, made)
+    if _is_complete(config):
+        return 0
+    if config.run.dir.exists():
+        _set_aside(config)
+    check(config, options.count if options.unit == "nodes" else 1)
     print("\n".join(made))
     return 0
+
+
+def _made(options: argparse.Namespace, count: int) -> list[str]:
+    config = load_config(options.recipe, options.overrides)
+    every = min(config.checkpoint.every, max(1, options.iterations // FEWEST))
+    made = [
+        *options.overrides, f"run.dir={run_dir(options.output, options.unit, count)}", f"train.passages={config.train.passages * count}",
+        f"train.iterations={options.iterations + 1}", f"checkpoint.every={every}", "checkpoint.resume=never",
+    ]  # fmt: skip
+    return made if options.unit == "nodes" else [*made, f"cluster.ranks_per_node={count}"]
 
 
 def run_dir(output: Path, unit: str, count: int) -> Path:
@@ -85,46 +98,89 @@ def run_dir(output: Path, unit: str, count: int) -> Path:
     return output.resolve() / f"{unit}-{count}"
 
 
+def _is_complete(config: Config) -> bool:
+    """Whether there is a run with these settings, and all of its iterations."""
+    log = config.run.dir / METRICS_NAME
+    return _recipe_of(config) == resolved(config) and log.is_file() and len(read_json_lines(log)) == config.train.iterations
+
+
+def _recipe_of(config: Config) -> str | None:
+    """The settings of the run that is in the folder already; None where it has not come so far."""
+    path = config.run.dir / RECIPE_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _set_aside(config: Config) -> None:
+    """Renames what a run has left that failed, so that another can begin in its place.
+
+    Raises:
+        ConfigError: it has other settings, or goes on still.
+    """
+    folder = config.run.dir
+    if _recipe_of(config) not in (None, resolved(config)):
+        raise ConfigError(
+            f"{folder} is of an earlier call with other settings; give the same, name another --output, or remove it: "
+            f"rm -r {shlex.quote(str(folder))}"
+        )
+    if (problem := ownership.in_use(folder)) is not None:
+        raise ConfigError(problem)
+    names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    folder.rename(aside)
+    print(f"benchmark.sh: {folder} was not finished; what there is of it is in {aside}", file=sys.stderr)
+
+
 def _collect(options: argparse.Namespace) -> int:
-    """Writes benchmark.json and benchmark.png, and prints a table."""
+    """Writes benchmark.json and benchmark.png of the runs that are complete, and prints a table; 1 if any is not."""
+    runs = {count: load_config(options.recipe, _made(options, count)) for count in options.counts}
+    missing = [count for count, run in runs.items() if not _is_complete(run)]
+    if missing:
+        print(
+            f"benchmark.sh: not complete: {', '.join(map(str, missing))} {options.unit} (logs: {runs[missing[0]].run.dir}/logs); the same "
+            f"call with --output {shlex.quote(str(options.output))} makes what is missing", file=sys.stderr,
+        )  # fmt: skip
+    if counts := [measured(options.unit, count, run) for count, run in runs.items() if count not in missing]:
+        _write(options, counts)
+    return 1 if missing else 0
+
+
+def _write(options: argparse.Namespace, counts: Sequence[Count]) -> None:
     config = load_config(options.recipe, options.overrides)
-    counts = [measured(options.output, options.unit, count, config) for count in options.counts]
-    first = counts[0]
     for each in counts:
-        each.efficiency = _seconds(first) / _seconds(each)
+        each.efficiency = _seconds(counts[0]) / _seconds(each)
     gpus = [gpu.name for gpu in machine.accelerators()]
+    asked = [f"--{options.unit}-list", ",".join(map(str, options.counts)), "--iterations", str(options.iterations)]
     report = Report(
-        date=time.strftime("%Y-%m-%d"), command=shlex.join(["slurm/benchmark.sh", options.recipe, *options.overrides]),
+        date=time.strftime("%Y-%m-%d"), command=shlex.join(["slurm/benchmark.sh", *asked, options.recipe, *options.overrides]),
         revision=machine.output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or "unknown", seed=config.train.seed, unit=options.unit,
         machine={**machine.processor(), "memory_gib": round(machine.memory_gib() or 0), "accelerators": gpus or "none"},
-        versions={name: machine.version(name) for name in VERSIONS}, recipe=resolved(config), counts=counts,
+        versions={name: machine.version(name) for name in VERSIONS}, recipe=resolved(config), counts=list(counts),
     )  # fmt: skip
     (options.output / "benchmark.json").write_text(report.model_dump_json(indent=1) + "\n")
     scaling_figure(
-        options.output / "benchmark.png", options.counts, [each.efficiency for each in counts], [each.phases for each in counts], options.unit
-    )
+        options.output / "benchmark.png", [each.count for each in counts], [each.efficiency for each in counts],
+        [each.phases for each in counts], options.unit,
+    )  # fmt: skip
     rows = [[options.unit, "ranks", "s/iteration", "efficiency", *(f"{name} s" for name in PHASES), "predicted s"]]
     for each in counts:
         phases = [f"{each.phases.get(name, 0.0):.2f}" for name in PHASES]
         rows.append([str(each.count), str(each.ranks), f"{_seconds(each):.2f}", f"{each.efficiency:.2f}", *phases, f"{sum(each.predicted.values()):.2f}"])
     print(f"{columns(rows)}\n{options.output / 'benchmark.json'}\n{options.output / 'benchmark.png'}")
-    return 0
 
 
 def _seconds(count: Count) -> float:
     return count.suites["iteration"]["seconds"].median
 
 
-def measured(output: Path, unit: str, count: int, config: Config) -> Count:
-    """What one run's log says of its timed iterations."""
-    log = run_dir(output, unit, count) / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()][1:]
-    ranks = count * config.cluster.ranks_per_node if unit == "nodes" else count
+def measured(unit: str, count: int, config: Config) -> Count:
+    """What the log of a run, which has these settings, says of its timed iterations."""
+    lines = read_json_lines(config.run.dir / METRICS_NAME)[1:]
+    nodes = count if unit == "nodes" else 1
     phases = {name: statistics.median(line.get(f"seconds/{name}", 0.0) for line in lines) for name in PHASES}
-    every = min(config.checkpoint.every, len(lines))
     return Count(
-        count=count, ranks=ranks, passages=config.train.passages * count, suites=suites(lines, config.game.group_size, every), phases=phases,
-        predicted=_predicted(config, unit, count), efficiency=1.0,
+        count=count, ranks=nodes * config.cluster.ranks_per_node, passages=config.train.passages,
+        suites=suites(lines, config.game.group_size, config.checkpoint.every), phases=phases, predicted=_predicted(config, nodes),
+        efficiency=1.0,
     )  # fmt: skip
 
 
@@ -159,20 +215,16 @@ def suites(lines: Sequence[dict[str, Any]], group: int, every: int) -> dict[str,
     }  # fmt: skip
 
 
-def _predicted(config: Config, unit: str, count: int) -> dict[str, float]:
-    """Seconds by phase by the cost model, for a run of this number."""
+def _predicted(config: Config, nodes: int) -> dict[str, float]:
+    """Seconds by phase by the cost model, for a run with these settings."""
     from megatron_spice.config.hf import read_architecture
     from megatron_spice.cost.device import default_file, read_device
     from megatron_spice.cost.estimate import estimate
     from megatron_spice.policy.memory_budget import H100_BYTES
 
-    changed = config.model_copy(update={"train": config.train.model_copy(update={"passages": config.train.passages * count})})
-    if unit == "ranks":
-        changed = changed.model_copy(update={"cluster": config.cluster.model_copy(update={"ranks_per_node": count})})
     device = read_device(default_file(machine.device(config.cluster.device)))
-    nodes, shape = count if unit == "nodes" else 1, read_architecture(config.policy.model)
     memory = min((gpu.memory_mib * 2**20 for gpu in machine.accelerators()), default=H100_BYTES)
-    return estimate(changed, shape, nodes, device, machine.usable_cores(), memory=memory).phases
+    return estimate(config, read_architecture(config.policy.model), nodes, device, machine.usable_cores(), memory=memory).phases
 
 
 if __name__ == "__main__":
