@@ -24,6 +24,7 @@ from rich.text import Text
 from megatron_spice.telemetry import progress
 
 RECENT = 10  # iterations that means are taken over
+SILENT = 4  # engines that are shown by name
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth of a character high to the whole
 PHASE_COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan", "yellow", "red")
 
@@ -161,7 +162,10 @@ def _engines(look: Look) -> RenderableType:
     table.add_row(Text("passages again"), Text(f"{again:.0f}"))
     if (rate := last.get("sync/gib_per_second")) is not None:
         table.add_row(Text("sync"), Text(f"{rate:.2f} GiB/s"))
-    for name, seconds in look.engine_logs:
+    silent = sorted(look.engine_logs, key=lambda each: each[1], reverse=True)
+    if len(silent) > SILENT:
+        table.add_row(Text("engine logs"), Text(f"{len(silent)}, the most silent:"))
+    for name, seconds in silent[:SILENT]:
         table.add_row(Text(name), Text(f"wrote {_ago(seconds)} ago"))
     return Panel(table, title="engines")
 

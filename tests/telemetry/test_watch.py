@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -117,6 +123,19 @@ def test_whose_memory_is_short_and_who_is_slow_is_on_the_screen() -> None:
     assert "3.00 GiB" in slept and "rank" not in slept.partition("slept")[2], "all the same"
 
 
+def test_many_engines_leave_room_for_the_task() -> None:
+    """Of 128 those four are shown that have been silent for longest."""
+    task = {"question": "who?", "gold_answer": "me"}
+    episode = {"iteration": 1, "passage": {"text": "a"}, "attempts": [{"task": task, "is_reasoner_task": True, "answers": []}]}
+    logs = [(f"engine_{number // 8}_{number % 8}", float(number * 37 % 128)) for number in range(128)]
+    looks = [Look("runs/x", [{"iteration": 1}], 0.0, episode=episode, engine_logs=some) for some in (logs[:4], logs)]
+    few, many = (screen(look).splitlines() for look in looks)
+    assert len(many) == len(few) + 1 and any("128, the most silent" in row for row in many)
+    shown = [name for row in many for name in re.findall(r"engine_\d+_\d+", row)]
+    assert shown == [name for name, seconds in sorted(logs, key=lambda each: -each[1]) if seconds > 123]
+    assert any("a task of iteration 1" in row for row in many)
+
+
 def test_hostile_texts_stay_text() -> None:
     task = {"question": "[red]who?\x1b[2J\x07\n", "gold_answer": "[/]"}
     episode = {"iteration": 1, "passage": {"text": "a\rb"}, "attempts": [{"task": task, "is_reasoner_task": True, "answers": []}]}
@@ -131,6 +150,37 @@ def test_the_command_prints_once_into_a_pipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_spice", "watch", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
     assert result.returncode == 0 and "iteration 3 of 4" in result.stdout
+
+
+def test_on_a_terminal_the_screen_follows_the_run_until_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line(3))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    seen = b""
+
+    def read_until(words: bytes) -> None:
+        nonlocal seen
+        while words not in seen:
+            assert select.select([ours], [], [], 60)[0], f"{words} did not come: {seen[-2000:]}"
+            seen += os.read(ours, 65536)
+
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "megatron_spice", "watch", str(tmp_path), "--interval", "0.1"], stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        read_until(b"iteration 3")
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(line(4))
+        read_until(b"iteration 4")
+        watcher.send_signal(signal.SIGINT)
+        read_until(b"\x1b[?1049l")  # the screen that was there before
+        assert watcher.wait(60) == 0 and b"Traceback" not in seen
+    finally:
+        watcher.kill()
+        watcher.wait()
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:
