@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from megatron_spice.cost import estimate
 from megatron_spice.cost.device import default_file, read_device
 from megatron_spice.policy import checkpoint_room, memory_budget, memory_verdict
 from megatron_spice.policy.memory_budget import GIB, H100_BYTES, Device
-from megatron_spice.rollout.placement import remote_engines
+from megatron_spice.rollout.placement import hosted_engine, remote_engines
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "spice.sh"
 RANKS_SHOWN = 64
@@ -104,8 +105,6 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str], calibration: P
     """The command that starts the recipe (`arguments`: it and its overrides) on so many nodes, and what is asked of Slurm by it and
     by the script."""
     words = shlex.join(arguments)
-    if num_nodes == 1 and machine.device(config.cluster.device) == "cpu":
-        return f"# Start\nbash slurm/spice.sh {words}\n"
     per_node = config.cluster.ranks_per_node
     accelerators = f" --gpus-per-node={per_node}" if machine.device(config.cluster.device) == "cuda" else ""
     lines = SCRIPT.read_text(encoding="utf-8").splitlines() if SCRIPT.is_file() else []
@@ -113,8 +112,14 @@ def job(config: Config, num_nodes: int, arguments: Sequence[str], calibration: P
     asked, told = _ending(config, num_nodes, calibration)
     if asked:
         directives = [f"#SBATCH{asked}" if line.startswith("#SBATCH --signal=") else line for line in directives]
-    start = ["# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives, *told]
+    start = ["# Start", f"sbatch --nodes={num_nodes}{accelerators}{asked} slurm/spice.sh {words}", *directives, *_of_the_site(), *told]
     return "\n".join([*start, *_without_slurm(config, num_nodes, words), ""])
+
+
+def _of_the_site() -> list[str]:
+    """What sbatch takes from its environment, as far as it is seen here."""
+    found = [f"{name}={shlex.quote(value)}" for name, value in sorted(os.environ.items()) if name.startswith("SBATCH_")]
+    return [f"{' '.join(found)}    (slurm/site.sh's are to be in the environment that sbatch is called from)"] if found else []
 
 
 def _without_slurm(config: Config, num_nodes: int, words: str) -> list[str]:
@@ -145,16 +150,21 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def _ending(config: Config, num_nodes: int, calibration: Path | None) -> tuple[str, list[str]]:
-    """What sbatch is asked for if the job wants to hear of its time limit earlier than the script asks by itself, and in words how
-    long Slurm must wait for it when it ends it before; nothing where the recipe cannot be judged."""
+    """What sbatch is asked for if the job wants to hear of its time limit earlier than the script asks by itself, and in words the
+    shortest limit with which it gets on and how long Slurm must wait for it when it ends it before; nothing where the recipe cannot
+    be judged."""
     constants = read_device(calibration or default_file(machine.device(config.cluster.device)))
     try:
         shape = read_architecture(config.policy.model)
         judged = (config, shape, num_nodes, constants, machine.usable_cores())
         warning, (playing, longest) = estimate.warning_seconds(*judged), estimate.ending_seconds(*judged)
+        iteration = estimate.estimate(*judged, memory=_device(config).num_bytes).seconds
     except ConfigError:
         return "", []
+    least = math.ceil((config.rollout.start_timeout + iteration + warning) / 60)
     told = [
+        f"shortest sensible --time: {least} min, for one iteration a start (rollout.start_timeout {config.rollout.start_timeout:.0f} s, the "
+        f"iteration {iteration:.1f} s, the warning {warning} s)",
         f"told to end before (scancel, scontrol requeue, a preemption), it is saved after about {math.ceil(playing)} s while it plays, "
         f"{math.ceil(longest)} s at most:",
         "Slurm's KillWait (`scontrol show config`; 30 s by default), and a GraceTime before it, should leave it that long",
@@ -199,27 +209,62 @@ def _model(shape: ModelArchitecture) -> str:
 
 
 def _ranks(config: Config, num_nodes: int, layout: ParallelLayout) -> str:
-    """Megatron numbers ranks with the tensor-parallel rank fastest, then context, then data, then the pipeline stage."""
+    """A line for each rank; where they are many, for each node."""
     per_node, ranks = config.cluster.ranks_per_node, layout.world_size
-    lines = [
+    title = (
         f"# Ranks: {ranks} = tensor {layout.tensor} x context {layout.context} x data {layout.data} x pipeline "
-        f"{layout.pipeline}, {num_nodes} x {per_node}, on {machine.device(config.cluster.device)}: {layout.describe()}",
-        "rank  node  local  tensor  context  data  expert  pipeline  layers",
-    ]
-    for rank in range(min(ranks, RANKS_SHOWN)):
-        rest, tensor = divmod(rank, layout.tensor)
-        rest, context = divmod(rest, layout.context)
-        pipeline, data = divmod(rest, layout.data)
-        expert = rank % (ranks // layout.pipeline) % layout.expert
-        chunks = [layout.layers_of(chunk) for chunk in range(pipeline, len(layout.chunk_layers), layout.pipeline)]
-        layers = " ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks)
-        lines.append(
-            f"{rank:>4}  {rank // per_node:>4}  {rank % per_node:>5}  {tensor:>6}  {context:>7}  {data:>4}  {expert:>6}  "
-            f"{pipeline:>8}  {layers}"
-        )
+        f"{layout.pipeline}, {num_nodes} x {per_node}, on {machine.device(config.cluster.device)}: {layout.describe()}"
+    )
+    table = [_rank(config, layout, rank) for rank in range(ranks)]
     if ranks > RANKS_SHOWN:
-        lines.append(f"... and {ranks - RANKS_SHOWN} more")
-    return "\n".join(lines) + "\n"
+        table = [_together(table[first : first + per_node]) for first in range(0, ranks, per_node)]
+    rows = [list(table[0]), *([row[name] for name in row] for row in table)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
+    return "\n".join([title, *lines]) + "\n"
+
+
+def _rank(config: Config, layout: ParallelLayout, rank: int) -> dict[str, str]:
+    """Megatron numbers ranks with the tensor-parallel rank fastest, then context, then data, then the pipeline stage. The engine that a
+    rank hosts is named as its log is, `engine_NODE_N.log`."""
+    rest, tensor = divmod(rank, layout.tensor)
+    rest, context = divmod(rest, layout.context)
+    pipeline, data = divmod(rest, layout.data)
+    node, local = divmod(rank, config.cluster.ranks_per_node)
+    chunks = [layout.layers_of(chunk) for chunk in range(pipeline, len(layout.chunk_layers), layout.pipeline)]
+    places = {
+        "rank": rank, "node": node, "local": local, "tensor": tensor, "context": context, "data": data,
+        "expert": rank % (layout.world_size // layout.pipeline) % layout.expert, "pipeline": pipeline,
+    }  # fmt: skip
+    return {
+        **{name: str(place) for name, place in places.items()}, "engine": _engine_of(config, node, local),
+        "layers": " ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks),
+    }  # fmt: skip
+
+
+def _engine_of(config: Config, node: int, local: int) -> str:
+    per_node, engines = config.cluster.ranks_per_node, config.rollout.engines_per_node
+    hosted = None if config.rollout.engines or engines > per_node else hosted_engine(local, per_node, engines)
+    return "-" if hosted is None else f"{node}_{hosted}"
+
+
+def _together(rows: Sequence[dict[str, str]]) -> dict[str, str]:
+    """One row for those of a node: every value once, numbers that follow each other as first-last; engines with who hosts them."""
+    told = {name: _spans(sorted({int(row[name]) for row in rows})) for name in rows[0] if name not in ("engine", "layers")}
+    hosts = [f"{row['engine']} (rank {row['rank']})" for row in rows if row["engine"] != "-"]
+    layers = dict.fromkeys(row["layers"] for row in rows)
+    return told | {"engine": ", ".join(hosts) or "-", "layers": " | ".join(layers)}
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `0-7` or `0,4-5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 def _engines(config: Config, num_nodes: int) -> str:
@@ -251,5 +296,6 @@ def _policys_engines(config: Config, num_nodes: int) -> str:
     total = per_node * num_nodes
     return (
         f"# Rollout engines: {total} ({per_node} a node), {size} rank{'s' if size > 1 else ''} each; they share "
-        f"{passages} passages an iteration, {passages / total:g} an engine on average\n"
+        f"{passages} passages an iteration, {passages / total:g} an engine on average; their logs are engine_NODE_N.log, and the column "
+        "engine says NODE_N\n"
     )

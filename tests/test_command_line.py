@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -119,8 +120,35 @@ def test_a_plan_shows_every_rank_once(tmp_path):
     assert [row[0] for row in rows] == list(range(8))
     assert [row[1] for row in rows] == [0] * 4 + [1] * 4
     assert len({row[3:] for row in rows}) == 8
-    assert {line.split(maxsplit=8)[8] for line in table} == {"0-0 3-3", "1-2 4-4"}
+    assert [line.split()[8] for line in table] == ["0_0", "-", "-", "-", "1_0", "-", "-", "-"], "the first of each node hosts its engine"
+    assert {line.split(maxsplit=9)[9] for line in table} == {"0-0 3-3", "1-2 4-4"}
     assert "tensor 1 x context 2 x data 2 x pipeline 2" in done.stdout
+
+
+def test_a_plan_of_many_ranks_shows_every_node_once(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 4}))
+    settings = ["cluster.ranks_per_node=4", "policy.tensor_parallel_size=2", "rollout.engines_per_node=2"]
+    said = run("plan", QUICKSTART, *settings, f"policy.model={model}", "--nodes", "20", "train.passages=40").stdout
+    names, *rows = said.partition("# Ranks")[2].partition("\n\n")[0].splitlines()[1:]
+    assert names.split() == ["rank", "node", "local", "tensor", "context", "data", "expert", "pipeline", "engine", "layers"]
+    assert [re.split(r"\s{2,}", row.strip()) for row in (rows[0], rows[10])] == [
+        ["0-3", "0", "0-3", "0-1", "0", "0-1", "0", "0", "0_0 (rank 0), 0_1 (rank 2)", "0-1"],
+        ["40-43", "10", "0-3", "0-1", "0", "0-1", "0", "1", "10_0 (rank 40), 10_1 (rank 42)", "2-3"],
+    ]
+    assert [row.split()[0] for row in rows] == [f"{4 * node}-{4 * node + 3}" for node in range(20)]
+
+
+def test_a_plan_says_what_is_asked_of_slurm_also_for_one_node_of_cpus(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    said = run("plan", QUICKSTART, f"policy.model={model}", SBATCH_PARTITION="h 100", SBATCH_TIMELIMIT="24:00:00").stdout
+    assert "sbatch --nodes=1 slurm/spice.sh" in said and "#SBATCH --mem=0\n" in said and "\nbash slurm/spice.sh" in said
+    assert "SBATCH_PARTITION='h 100' SBATCH_TIMELIMIT=24:00:00 " in said
+    iteration = float(re.search(r"# Expected time of an iteration on .*: ([\d.]+) s,", said)[1])
+    assert int(re.search(r"shortest sensible --time: (\d+) min", said)[1]) == math.ceil((300 + iteration + 180) / 60)
 
 
 def test_a_plan_says_what_memory_it_takes_and_refuses_what_cannot_fit(tmp_path):
