@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ from megatron_spice.telemetry import json_lines  # noqa: E402
 
 RANKS = 2
 AIMS: dict[str, tuple[Any, str, int]] = {
-    "while it is loaded": (policy_module.Policy, "load_state", 1),
     "in an update": (policy_module.Policy, "update", 4),
     "in the snapshot": (snapshot.Snapshot, "take", 2),
     "before the folder is made": (background.Ranks, "tell_all", 2),
@@ -57,10 +57,13 @@ AIMS: dict[str, tuple[Any, str, int]] = {
     "around a rename": (Path, "rename", 6),
     "while an old one is removed": (store, "_remove", 2),
     "in the log": (json_lines.JsonLines, "write", 6),
+    "while it is loaded": (policy_module.Policy, "load_state", 1),  # last, when there is something to load
 }
 """Where to kill: a function, and up to which of its calls."""
 
+HIT = "hit"  # a file that is there when a run was killed where it was aimed at
 READY = "ready"  # a file that is there when the run begins to iterate
+UNREACHED = 60.0  # seconds after which a run is killed that has not come to where it was aimed at
 LEFT = 99  # exit code of a rank that has found something wrong
 
 
@@ -273,8 +276,9 @@ def assert_whole(run_dir: Path, notes: Path) -> list[int]:
     return [store.iteration_of(checkpoint) for checkpoint in found]
 
 
-def campaign(recipe: Path, folder: Path, moments: int, seed: int) -> dict[str, Any]:
-    """Kills a run `moments` times, each time somewhere else, and lets it end; then does it all without a kill.
+def campaign(recipe: Path, folder: Path, moments: int, seed: int, aims_in_turn: Iterator[str]) -> dict[str, Any]:
+    """Kills a run `moments` times, each time somewhere else, and lets it end; then does it all without a kill. Every other moment is
+    the next of `aims_in_turn`.
 
     Returns: what happened at each moment, and whether both runs came to the same.
     """
@@ -282,39 +286,46 @@ def campaign(recipe: Path, folder: Path, moments: int, seed: int) -> dict[str, A
     run_dir, notes = folder / "killed", folder / "notes"
     notes.mkdir(parents=True)
     settings = [*SETTINGS, f"checkpoint.every={dice.choice([1, 1, 2, 3])}"]
-    names, seconds = list(AIMS), 2.0
 
     def attempt(
         iterations: int, where: Path, aim: Any, victims: list[int], kill_at: float | None, starting: bool = False
     ) -> dict[int, int]:
-        (notes / READY).unlink(missing_ok=True)
+        for each in (READY, HIT):
+            (notes / each).unlink(missing_ok=True)
         told_where = [*settings, f"run.dir={where}", f"train.iterations={iterations}"]
         aims = {each: aim for each in victims[:1]}
-        pids = start(lambda me: rank(recipe, told_where, notes, aims.get(me)), where.with_suffix(".log"))
+        act = lambda: (notes / HIT).touch() or die()  # noqa: E731
+        pids = start(lambda me: rank(recipe, told_where, notes, aims.get(me), act), where.with_suffix(".log"))
         return wait(pids, kill_at, victims, None if starting else notes / READY)
 
     for moment in range(moments):
-        victims = dice.choice([[0], [1], [0, 1]])
-        aimed = moment % 2 == 0
-        name = names[(moment // 2 + seed) % len(names)]
-        aim = (name, dice.randint(1, AIMS[name][2]), dice.random() < 0.5) if aimed else None
-        # What only the first rank does kills only there; an aim that is not reached is a random moment.
-        victims = [0] if aimed and AIMS[name][0] in (store, json_lines.JsonLines, Path) else victims
+        aimed, victims = moment % 2 == 0, [[0], [1], [0, 1]][moment // 2 % 3]
+        aim = None
+        if aimed:
+            name = next(aims_in_turn)
+            aim = (name, dice.randint(1, AIMS[name][2]), dice.random() < 0.5)
+            # What only the first rank does kills only there.
+            if AIMS[name][0] in (store, json_lines.JsonLines, Path) or name == "in the index":
+                victims = [0]
         starting = not aimed and dice.random() < 0.25
-        kill_at = seconds if aimed else dice.uniform(0.1, 1.0 if starting else seconds)
+        kill_at = UNREACHED if aimed else dice.uniform(0.1, 1.0 if starting else 2.0)
         codes = attempt(10**6, run_dir, aim, victims, kill_at, starting)
         assert LEFT not in codes.values() and codes[victims[0]] == -signal.SIGKILL, (folder, moment, codes)
         whole = assert_whole(run_dir, notes)
         assert not newest or newest <= whole[-1], f"checkpoint {newest} is gone: {whole}"
         newest = whole[-1] if whole else 0
         partial = [path.name for path in store.folder_of(run_dir).glob("*.partial")] if run_dir.exists() else []
-        told.append({"aim": aim, "victims": victims, "seconds": kill_at, "starting": starting, "whole": whole, "partial": partial})
+        hit = aimed and (notes / HIT).exists()
+        told.append({
+            "aim": aim, "hit": hit, "victims": victims, "seconds": kill_at, "starting": starting, "whole": whole, "partial": partial,
+        })  # fmt: skip
     last = newest + 2
     assert set(attempt(last, run_dir, None, [], None).values()) == {0}
     assert_whole(run_dir, notes)
     resumed = outcome(run_dir, notes, last)
     assert set(attempt(last, folder / "through", None, [], None).values()) == {0}
-    return {"moments": told, "iterations": last, "same": resumed == outcome(folder / "through", notes, last), "outcome": resumed}
+    same = resumed == outcome(folder / "through", notes, last)
+    return {"aims": list(AIMS), "moments": told, "iterations": last, "same": same, "outcome": resumed}
 
 
 def outcome(run_dir: Path, notes: Path, last: int) -> dict[str, Any]:
@@ -331,7 +342,7 @@ SETTINGS = [
 
 if __name__ == "__main__":
     where = Path(sys.argv[2])
-    results = []
+    results, aims_in_turn = [], itertools.cycle(AIMS)
     for number, size in enumerate(map(int, sys.argv[3].split(","))):
-        results.append(campaign(Path(sys.argv[1]), where / str(number), size, int(sys.argv[4]) + number))
+        results.append(campaign(Path(sys.argv[1]), where / str(number), size, int(sys.argv[4]) + number, aims_in_turn))
         (where / "results.json").write_text(json.dumps(results))
