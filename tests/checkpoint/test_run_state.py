@@ -53,6 +53,12 @@ def test_a_checkpoint_holds_what_made_it(recipe, begun):
     assert {f"ranks/{name}_min" for name in ("play", "train", "sync/push_seconds", "sync/gib_per_second")} <= metrics[0].keys()
 
 
+def test_a_run_that_is_over_has_nothing_to_do(recipe, begun):
+    run_dir, _, first, metrics = begun
+    printed, state, after = train(recipe, run_dir, "train.iterations=1")
+    assert printed == f"{run_dir} is at iteration 1 of 1 already: nothing to do\n" and (state, after) == (first, metrics)
+
+
 def test_a_resumed_run_says_what_is_otherwise_and_goes_on_counting(recipe, begun, tmp_path):
     run_dir, _, first, _ = begun
     shutil.copytree(run_dir, tmp_path / "run")
