@@ -9,7 +9,8 @@ and knows nothing of Slurm's warning before the time limit (SIGUSR1), which with
 Here a rank takes the time it needs (`AskedToEnd`). Ranks that another rank's failure has left behind have that half minute still.
 
 Exit code: 75 where the ranks were asked to end, and have saved or were not ready yet to hear of it (they end by the signal, as
-there is nothing to save), otherwise 1; a recipe that a rank refused, which is said by then, is 1 too: something was started.
+there is nothing to save), 76 where another process has the port that nodes meet at, otherwise 1; a recipe that a rank refused, which
+is said by then, is 1 too: something was started.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
@@ -35,13 +37,23 @@ from megatron_spice.config.errors import EXIT_CODE as REFUSED
 from megatron_spice.telemetry import rank_log, rank_logs
 
 RUN_DIR_VARIABLE = "SPICE_RUN_DIR"
-FAILED_AT = "failed_at"
+FAILED_AT, ENDED_AT = "failed_at", "ended_at"
+PORT_TAKEN = 76  # slurm/requeue.sh knows it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 30.0  # seconds in which a file system that lives gives the logs
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the ranks of this node to their end, with their caches on this node."""
+    code = _run(arguments)
+    if code == INTERRUPTED and _is_slurms() and (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
+        # Slurm ends the other nodes' launchers then, and slurm/requeue.sh would take them for killed.
+        with contextlib.suppress(NoAnswer):
+            answer(lambda: _leave_word(Path(run_dir), ENDED_AT), _PATIENCE)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     os.environ.update(cache_folders(os.environ))
     asked = AskedToEnd(is_slurms=_is_slurms())
     try:
@@ -56,6 +68,11 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as error:
         print(f"spice: the launcher on {rank_log.host_name()} was ended by {error.sigval.name}, its ranks with it", file=sys.stderr)
         return INTERRUPTED if _is_slurms() and asked.is_asked else 1
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        print(f"spice: the port that nodes were to meet at is taken on {rank_log.host_name()}: {error}", file=sys.stderr)
+        return PORT_TAKEN
     return 0
 
 
@@ -170,9 +187,14 @@ def _logs(failures: Mapping[int, ProcessFailure]) -> list[rank_logs.RankLog]:
 def _note(run_dir: Path, cause: rank_logs.RankLog | None) -> None:
     """Leaves word for slurm/requeue.sh that ranks of this start have failed, unless they only lost others."""
     if cause is None or not (cause.is_echo or cause.reason.startswith(rank_log.HANG)):
-        with contextlib.suppress(OSError):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / FAILED_AT).write_text(f"{rank_log.attempt_name()}\n", encoding="utf-8")
+        _leave_word(run_dir, FAILED_AT)
+
+
+def _leave_word(run_dir: Path, name: str) -> None:
+    """On a file system that takes nothing, none."""
+    with contextlib.suppress(OSError):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(f"{rank_log.attempt_name()}\n", encoding="utf-8")
 
 
 def _signal(failure: ProcessFailure) -> str:

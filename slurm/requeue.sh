@@ -15,17 +15,34 @@ has_come_further() {
   newest="$(newest_checkpoint)" && [ "$newest" != "$before" ]
 }
 
-# Whether ranks of this start have failed by themselves: their launcher has noted it (megatron_spice/launch.py).
-has_failed_by_itself() {
-  [ "$(timeout 60 cat "$SPICE_RUN_DIR/failed_at" 2>/dev/null)" = "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}" ]
+# What a launcher of this start has noted (megatron_spice/launch.py): that its ranks have failed by themselves, or have ended in order.
+has_noted() {
+  [ "$(timeout 60 cat "$SPICE_RUN_DIR/$1" 2>/dev/null)" = "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}" ]
+}
+
+# The first launcher that ends in order has srun kill those of the other nodes, and the highest exit code is srun's.
+has_ended_in_order() {
+  [ "$status" -gt 128 ] && has_noted ended_at && ! has_noted failed_at
 }
 
 # A launcher ends by a signal if somebody else sends it (a node's daemon that clears up after another start, an operator): that says
 # nothing of the run, but the second time at one checkpoint it may. It also does where srun ends it because another node's has failed.
+# The same if another process had its port (76): the next start has another one.
 is_killed_here_first() {
   local file="$SPICE_RUN_DIR/killed_at" place
-  [ "$status" -gt 128 ] && ! has_failed_by_itself && place="job $SLURM_JOB_ID at $(newest_checkpoint)" &&
+  { [ "$status" -gt 128 ] || [ "$status" -eq 76 ]; } && ! has_noted failed_at && place="job $SLURM_JOB_ID at $(newest_checkpoint)" &&
     [ "$(timeout 60 cat "$file" 2>/dev/null)" != "$place" ] && echo "$place" 2>/dev/null >"$file"
+}
+
+# Whether this is the third time limit at the same checkpoint: the next start would come no further either. A warning in the job's
+# last hour is of its limit; before, a preemption (send_user_signal) or a user has sent it. Asked once a start, for it is counted.
+is_limit_too_short() {
+  local file="$SPICE_RUN_DIR/warned_at" newest
+  [ "$((${SLURM_JOB_END_TIME:-0} - $(date +%s)))" -lt 3600 ] && newest="$(newest_checkpoint)" && [ "$newest" = "$before" ] &&
+    timeout 60 mkdir -p "$SPICE_RUN_DIR" 2>/dev/null && echo "job $SLURM_JOB_ID at $newest" 2>/dev/null >>"$file" &&
+    [ "$(grep -cxF "job $SLURM_JOB_ID at $newest" "$file")" -ge 3 ] || return 1
+  echo "spice.sh: not requeued: three time limits passed without a saved iteration;" \
+    "give a longer --time, or --signal=B:USR1@SECONDS as --dry-run says"
 }
 
 # Whether what ends this job is its time limit, and not a user or a preemption (of which Slurm takes care) after the warning.

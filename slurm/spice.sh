@@ -25,12 +25,13 @@
 #                                                          Slurm's KillWait is lost, so that the job goes on from an older checkpoint:
 #                                                          --dry-run says how early a recipe wants to be told, and that is given to
 #                                                          sbatch before the script: sbatch --signal=B:USR1@600 slurm/spice.sh ...
+#   the third time limit at the same checkpoint            not requeued: it would be the same for ever
 #   preempted with a GraceTime (SIGTERM to the ranks)      saved if that takes less, and requeued
 #   preempted without, or `scontrol requeue` (SIGTERM)     saved if that takes less than Slurm's KillWait; Slurm requeues it
 #   `scancel` (SIGTERM)                                    the same, not requeued
 #   another run has taken its run.dir                      not requeued
-#   a rank or a node fails                                 requeued if the run has come further since the job began
-#   killed from outside before it came further             requeued, once at the same checkpoint
+#   a rank or a node fails                                 requeued if the run has come further since it was last started
+#   killed from outside before it came further             requeued, once at the same checkpoint; so is one whose port was taken
 # How that is found out: slurm/requeue.sh.
 #
 #   SPICE_ROOT         the repository, where it is not beside this script (sbatch runs a copy of it)
@@ -91,8 +92,15 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   # What this job has saved itself is gone on from, also where its recipe begins anew.
   set -- "$@" checkpoint.resume=auto
 fi
-# The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too.
-environment="$("${here[@]}" "$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || exit $?
+# The check prints the assignments below, or says what is wrong and ends with 2, which is then our exit code too. Until it has ended
+# no trap is run; what it reads may be on a file system that has died. In the foreground, where Ctrl-C comes to it.
+environment="$(timeout --foreground -k 30 1800 "${here[@]}" "$python" -m megatron_spice launch-env --nodes "$nodes" "$@")" || {
+  status=$?
+  case "$status" in
+    124 | 137) fail "the check of the recipe gave no answer ($status): is the file system dead of its model, corpus or run.dir?" ;;
+  esac
+  exit "$status"
+}
 SPICE_RANKS_PER_NODE='' SPICE_DEVICE_KIND='' SPICE_TUNABLES=''
 eval "$environment"
 export SPICE_RUN_DIR
@@ -123,7 +131,7 @@ command -v srun >/dev/null || fail "SLURM_JOB_ID is set but srun is not on PATH"
 # A node's address as Slurm knows it, where its name means nothing to the resolver.
 address_of() {
   local address=''
-  getent hosts "$1" >/dev/null || address="$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+  getent hosts "$1" >/dev/null || address="$(timeout 60 scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
   echo "${address:-$1}"
 }
 
@@ -140,7 +148,7 @@ step=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=non
 before="$(newest_checkpoint)" || fail "$SPICE_RUN_DIR/checkpoints gives no answer: is its file system dead?"
 owner_before="$(folder_belongs_to)"
 if [ -n "$told_to_end$limit_is_near" ]; then # before there was anything to save
-  [ -n "$told_to_end" ] || requeue
+  [ -n "$told_to_end" ] || is_limit_too_short || requeue
   exit 75
 fi
 
@@ -157,17 +165,20 @@ while :; do
   if [ -n "$told_to_end" ] && [ -n "$limit_is_near" ] && [ -z "$requeued" ] && is_out_of_time; then
     # They save still. At once, for Slurm kills this shell with them when its KillWait is over.
     requeued=yes
-    requeue || true
+    is_limit_too_short || requeue || true
   fi
   wait "$srun" && status=0 || status=$?
   [ -n "$woken" ] || break # a trap ends `wait` before its time
 done
 
+! has_ended_in_order || status=75
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
   # Each node's launcher has spoken for its own ranks, in any order; this is the line to read.
   timeout 300 "${here[@]}" "$python" -m megatron_spice.telemetry.rank_logs "$SPICE_RUN_DIR" | sed 's/^/spice.sh: /' || true
 fi
 if [ -n "$told_to_end" ] || [ "$status" -eq 0 ]; then
+  exit "$status"
+elif [ -n "$limit_is_near" ] && is_limit_too_short; then
   exit "$status"
 elif [ "$status" -eq 75 ] || [ -n "$limit_is_near" ] || has_come_further || is_killed_here_first; then
   requeue

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +22,9 @@ JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST"
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 AGAIN = {"SLURM_RESTART_COUNT": "1"}
 FURTHER = {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}
-LIMIT, GONE = "JobState=COMPLETING Reason=TimeLimit", "JobState=COMPLETING Reason=None"
+LIMIT = {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": "JobState=COMPLETING Reason=TimeLimit", "AWAITED": "requeue"}
+GONE = LIMIT | {"SHOWN": "JobState=COMPLETING Reason=None", "AWAITED": "job"}
+TWICE = "mkdir -p 'runs/my run' && printf 'job 41234 at \\n%.0s' 1 2 >'runs/my run/warned_at'\n"
 APPTAINER = {"SPICE_CONTAINER": "slurm/spice.sh", "SPICE_VENV": "../venv", "SPICE_MOUNTS": "/scratch:/scratch"}
 ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
 SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
@@ -39,13 +45,17 @@ CASES = {
     "spice-two-nodes-failed-later": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}, ""),
     "spice-two-nodes-saved-and-ended": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "75"}, ""),
     "spice-warned": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75"}, ""),
-    "spice-out-of-time-while-saving": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": LIMIT}, ""),
-    "spice-cancelled-after-the-warning": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": GONE}, ""),
+    "spice-out-of-time-while-saving": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | LIMIT, ""),
+    "spice-cancelled-after-the-warning": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | GONE, ""),
     "spice-again": (CUDA, "slurm/spice.sh", ["recipe.yaml", "checkpoint.resume=never"], JOB | AGAIN, ""),
     "spice-requeued-already": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | AGAIN | FURTHER | {"SHOWN": "JobId=41234 Restarts=2"}, ""),
     "spice-folder-lost": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"OWNER": "job 41235 restart 0"}, ""),
     "spice-cannot-be-warned-by-slurm": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75", "FAILING": "scancel"}, ""),
     "spice-warned-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "USR1"}, ""),
+    "spice-third-limit": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75"}, TWICE),
+    "spice-third-limit-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "USR1"}, TWICE),
+    "spice-third-limit-while-saving": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | LIMIT | {"AWAITED": "job"}, TWICE),
+    "spice-two-nodes-ended-and-killed": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "137", "ENDED": "job 41234 restart 0"}, ""),
     "spice-ended-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "TERM"}, ""),
     "spice-taken-back-at-last": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"REFUSALS": "2"}, ""),
     "spice-not-to-be-requeued": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"SHOWN": "Requeue=0 Restarts=0 BatchFlag=1"}, ""),
@@ -101,6 +111,63 @@ def test_a_start_that_is_killed_before_it_came_further_is_requeued_once(tmp_path
     assert is_requeued(STATUS="137", NOTE="job 41233 restart 0") and not is_requeued(STATUS="137")
     assert is_requeued(STATUS="137", CHECKPOINT="iteration_0000001"), "it has come further"
     assert is_requeued(STATUS="137") and not is_requeued(STATUS="137")
+    assert is_requeued(STATUS="76", CHECKPOINT="iteration_0000002") and is_requeued(STATUS="76") and not is_requeued(STATUS="76")
+
+
+def test_an_orderly_end_on_one_node_is_one_on_all(tmp_path: Path) -> None:
+    """Slurm has killed the other nodes' launchers: any number of times. Not where ranks had failed, or it was another start's word."""
+    recorder = Recorder(tmp_path, CPU)
+    ended = {**TWO, "STATUS": "137", "OWNER": "job 41234 restart 0", "ENDED": "job 41234 restart 0"}
+
+    def exit_code(**more: str) -> tuple[bool, str]:
+        story = recorder.story("slurm/spice.sh", ["recipe.yaml"], **ended, **more)
+        return "scontrol requeue 41234" in story, story.splitlines()[-1]
+
+    assert [exit_code(), exit_code()] == [(True, "exit code 75")] * 2
+    assert exit_code(**AGAIN) == (True, "exit code 137") and exit_code(**AGAIN) == (False, "exit code 137")
+    assert exit_code(NOTE="job 41234 restart 0") == (False, "exit code 137")
+
+
+def test_the_third_time_limit_without_a_saved_iteration_is_the_last(tmp_path: Path) -> None:
+    """What counts is the end of the time limit, not a warning before a preemption; and a job of its own counts anew."""
+    recorder = Recorder(tmp_path, CPU)
+
+    def is_requeued(**more: str) -> bool:
+        environment = {**JOB, "SIGNALS": "USR1", "STATUS": "75", "OWNER": "job 41234 restart 0", **more}
+        story = recorder.story("slurm/spice.sh", ["recipe.yaml"], **environment)
+        return f"scontrol requeue {environment['SLURM_JOB_ID']}" in story
+
+    far, near = str(int(time.time()) + 40_000), str(int(time.time()) + 100)
+    assert is_requeued(SLURM_JOB_END_TIME=near) and all(is_requeued(SLURM_JOB_END_TIME=far) for _ in range(3))
+    assert is_requeued(SLURM_JOB_END_TIME=near) and not is_requeued(SLURM_JOB_END_TIME=near)
+    assert is_requeued(SLURM_JOB_END_TIME=far) and is_requeued(SLURM_JOB_ID="41235", OWNER="job 41235 restart 0")
+    assert is_requeued(CHECKPOINT="iteration_0000001"), "it has come further"
+    assert is_requeued(EARLY="USR1") and is_requeued() and not is_requeued()
+
+
+def test_a_check_without_an_answer_ends_the_job_and_a_terminals_ctrl_c_ends_the_check(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, CPU)
+    python, script = tmp_path / "venv" / "bin" / "python", recorder.house / "slurm" / "spice.sh"
+    python.unlink()
+    python.write_text(f'#!/bin/bash\necho $$ >"{tmp_path}/asked"\nexec /bin/sleep 100\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "SPICE_VENV": str(tmp_path / "venv")}
+    # `env`, for whoever runs the tests in the background has them ignore it
+    command = ["env", "--default-signal=INT", "bash", str(script), "recipe.yaml"]
+    alone = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not ((tmp_path / "asked").exists() and (tmp_path / "asked").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(alone.pid, signal.SIGINT)
+    try:
+        alone.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((tmp_path / "asked").read_text()), signal.SIGKILL)
+    assert alone.returncode != 0
+    script.write_text(script.read_text().replace("timeout --foreground -k 30 1800 ", "timeout --foreground -k 30 1 "))
+    told = recorder.story("slurm/spice.sh", ["recipe.yaml"], **JOB)
+    assert "the check of the recipe gave no answer (124)" in told and told.rstrip().endswith("exit code 1"), told
 
 
 @pytest.mark.parametrize(("device", "case"), [("cuda", "spice-two-nodes-odd-words"), ("cpu", "spice-two-nodes-unresolved")])

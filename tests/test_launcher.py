@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,16 +42,19 @@ while time.monotonic() < end:
 note("saved")
 sys.exit({INTERRUPTED})
 """
+PATIENT = "import sys; from megatron_spice import launch; launch.AskedToEnd._ONE_REQUEST = {}; sys.exit(launch.main(sys.argv[1:]))"
 
 
 class Launched:
-    """Two ranks under the launcher, that take `seconds` to save; None: ranks that are still starting and know of no signal."""
+    """Two ranks under the launcher, that take `seconds` to save; None: ranks that are still starting and know of no signal. With
+    `one_request`, signals within so many seconds are one."""
 
-    def __init__(self, folder: Path, seconds: float | None, **more: str) -> None:
+    def __init__(self, folder: Path, seconds: float | None, one_request: float | None = None, **more: str) -> None:
         self._folder = folder
         (folder / "rank.py").write_text(RANK if seconds is not None else RANK.replace("SIGUSR1):", "SIGUSR1)[:0]:"))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SPICE"))}
-        command = [sys.executable, "-m", "megatron_spice.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+        module = ["-m", "megatron_spice.launch"] if one_request is None else ["-c", PATIENT.format(one_request)]
+        command = [sys.executable, *module, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
         command += [f"--shutdown-timeout={PATIENCE}", str(folder / "rank.py"), str(folder), str(seconds)]
         if "SLURM_JOB_ID" in more:  # as slurm/spice.sh starts it
             command = ["bash", "-c", 'trap "" TERM USR1; exec "$@"', "--", *command]
@@ -78,7 +82,7 @@ class Launched:
 def launched(tmp_path: Path) -> Iterator[type[Launched]]:
     made: list[Launched] = []
 
-    def make(seconds: float | None, **more: str) -> Launched:
+    def make(seconds: float | None, **more: object) -> Launched:
         made.append(Launched(tmp_path, seconds, **more))
         return made[-1]
 
@@ -132,19 +136,36 @@ def test_ranks_that_are_still_starting_have_nothing_to_lose(launched, number):
     assert job.process.returncode == INTERRUPTED and "were asked to end before there was anything to save" in said, said
 
 
+def test_word_is_left_of_an_orderly_end(launched, tmp_path):
+    """For the job's script, which hears only of the other nodes' launchers, that Slurm has killed."""
+    job = launched(0.0, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2", SPICE_RUN_DIR=str(tmp_path / "run"))
+    job.sleep_until_both("began")
+    job.process.send_signal(signal.SIGTERM)
+    said = job.process.communicate(timeout=30)[1]
+    assert job.process.returncode == INTERRUPTED and (tmp_path / "run" / "ended_at").read_text() == "job 7 restart 2\n", said
+
+
 def test_a_second_signal_ends_the_ranks_at_once_but_not_a_double_one(launched):
     """`timeout` sends to the process and to its group."""
-    job = launched(600.0)
+    job = launched(600.0, one_request=5.0)  # a busy machine may stall between the two
     ranks = job.sleep_until_both("began")
     job.process.send_signal(signal.SIGTERM)
     job.process.send_signal(signal.SIGTERM)
     job.sleep_until_both("asked")
-    time.sleep(2.0 * PATIENCE)
+    time.sleep(6.0 * PATIENCE)
     assert job.process.poll() is None and all(map(psutil.pid_exists, ranks)), "that was one request"
     job.process.send_signal(signal.SIGTERM)
     said = job.process.communicate(timeout=20)[1]
     assert (job.process.returncode, job.saved()) == (1, 0) and not any(map(psutil.pid_exists, ranks)), said
     assert said.splitlines()[-1].endswith("was ended by SIGTERM, its ranks with it")
+
+
+def test_a_port_that_another_process_has_is_told_by_the_exit_code():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = ["--master-addr=127.0.0.1", f"--master-port={taken.getsockname()[1]}"]
+        command = [sys.executable, "-m", "megatron_spice.launch", "--nnodes=1", "--nproc-per-node=1", *where, "--module", "nothing"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == launch.PORT_TAKEN and "the port that nodes were to meet at is taken on" in done.stderr, done.stderr
 
 
 NODE = {0: "failed RuntimeError: Connection closed by peer", 1: "failed RuntimeError: gloo: timed out"}

@@ -1,9 +1,9 @@
 """What a shell script would start: run for real among stand-ins for Slurm, containers and Python that write down how they were
 called, with which changes to the environment, and then do what follows from it (srun runs its command once a node, with the part of
-the environment that Slurm would give it). In the environment are: STATUS, CHECKPOINT and NOTE, how the ranks end, what they have
-saved and what their launcher leaves in the run's folder; SIGNALS, what comes to the script while they run, and EARLY before; SHOWN,
-what Slurm says of the job; OWNER, who has taken the run's folder meanwhile; FAILING, programs that fail; REFUSALS, how often Slurm does
-not take the job back.
+the environment that Slurm would give it). In the environment are: STATUS, CHECKPOINT, NOTE and ENDED, how the ranks end, what they have
+saved and what their launcher leaves in the run's folder; SIGNALS, what comes to the script while they run, and EARLY before; AWAITED,
+a word of what it does at the last of them, without which they do not end; SHOWN, what Slurm says of the job; OWNER, who has taken the
+run's folder meanwhile; FAILING, programs that fail; REFUSALS, how often Slurm does not take the job back.
 
 The story is text to compare with a file of tests/snapshots; `pytest --rewrite-snapshots` writes it there instead, to be read in
 the diff before it is committed.
@@ -25,7 +25,7 @@ _UNTOLD = ("getent", "nproc", "sleep")
 
 _STAND_IN = r"""#!/bin/bash
 name="$(basename "$0")"
-record() { { printf '%s\0' "$@"; printf '\n\0'; env -0; printf '\n\n\0'; } >>"$RECORDS"; }
+record() { { flock 9; printf '%s\0' "$@"; printf '\n\0'; env -0; printf '\n\n\0'; } 9>>"$RECORDS" >&9; } # one after the other
 record "$name" "$@"
 case " $FAILING " in *" $name "*) echo "$name: no answer" >&2; exit 1 ;; esac
 case "$name $1 $2" in
@@ -42,7 +42,12 @@ case "$name $1 $2" in
     [ -z "$CHECKPOINT" ] || mkdir -p "$SPICE_RUN_DIR/checkpoints/$CHECKPOINT"
     [ -z "$OWNER" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "{\"attempt\": \"$OWNER\"}" >"$SPICE_RUN_DIR/owner.json"; }
     [ -z "$NOTE" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "$NOTE" >"$SPICE_RUN_DIR/failed_at"; }
-    for signal in $SIGNALS; do kill -s "$signal" "$SCRIPT"; /bin/sleep 0.5; done
+    [ -z "$ENDED" ] || { mkdir -p "$SPICE_RUN_DIR" && echo "$ENDED" >"$SPICE_RUN_DIR/ended_at"; }
+    for signal in $SIGNALS; do
+      kill -s "$signal" "$SCRIPT"
+      case "$signal" in USR1) word=scancel ;; *) word="$AWAITED" ;; esac # scancel: srun has been told by then
+      for ((tenth = 0; tenth < 500; tenth++)); do ! grep -zqx "$word" "$RECORDS" || break; /bin/sleep 0.1; done
+    done
     exit "${STATUS:-0}" ;;
   "python -m megatron_spice.telemetry.rank_logs") echo "first cause: rank 7" ;;
   "srun"*)
