@@ -24,6 +24,16 @@ for folder in "$PWD" "$venv"; do
   [[ ! -d "$folder" || "$folder/" == "$root/"* ]] || mounts+=",$folder:$folder"
 done
 mounts+="${SPICE_MOUNTS:+,$SPICE_MOUNTS}"
+if [ -n "${SPICE_CONTAINER:-}" ] && [ -n "${SPICE_SCRATCH:-}" ]; then
+  # It is each node's own, and what is mounted has to be there.
+  nodes="${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}" everywhere=()
+  [ -z "${SLURM_JOB_ID:-}" ] || everywhere=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --export=ALL)
+  if "${everywhere[@]}" mkdir -p "$SPICE_SCRATCH"; then
+    mounts+=",$SPICE_SCRATCH:$SPICE_SCRATCH"
+  else
+    echo "SPICE_SCRATCH=$SPICE_SCRATCH is not in the container: it cannot be made on each node" >&2
+  fi
+fi
 
 here=() inside=() contained=()
 if [ -f "${SPICE_CONTAINER:-}" ] && [[ "$SPICE_CONTAINER" != *.sqsh ]]; then

@@ -11,6 +11,7 @@
 # A corpus from many inputs, by many machines. The arguments are those of tools/preprocess_corpus.py:
 #
 #   sbatch --array=0-63 slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR    from the repository's folder
+#   sbatch --output=spice-corpus-%j.log slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR      on one node
 #   bash slurm/preprocess.sh INPUT... --tokenizer HF_DIR --output DIR                   on this machine
 #
 # Each task of the array makes its run of the inputs in DIR.tasks/00000, 00001, ...; the one that ends last joins them to DIR by

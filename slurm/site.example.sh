@@ -10,8 +10,8 @@
 # export NCCL_IB_HCA=mlx5
 
 # An image: of a registry or a .sqsh file with Pyxis, a .sif file with Apptainer. `bash install.sh` is run in it, since .venv has its
-# Python. The repository, the environment and the folder that is submitted from are mounted; model, corpus and run.dir may need more,
-# under the names that they have outside.
+# Python. The repository, the environment, the folder that is submitted from and SPICE_SCRATCH are mounted; model, corpus and run.dir may
+# need more, under the names that they have outside.
 # export SPICE_CONTAINER=/images/pytorch.sqsh
 # export SPICE_MOUNTS=/scratch:/scratch,/models:/models
 

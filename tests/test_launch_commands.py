@@ -27,7 +27,7 @@ GONE = LIMIT | {"SHOWN": "JobState=COMPLETING Reason=None", "AWAITED": "job"}
 TWICE = "mkdir -p 'runs/my run' && printf 'job 41234 at \\n%.0s' 1 2 >'runs/my run/warned_at'\n"
 APPTAINER = {"SPICE_CONTAINER": "slurm/spice.sh", "SPICE_VENV": "../venv", "SPICE_MOUNTS": "/scratch:/scratch"}
 ODD = ["a recipe.yaml", "run.dir=runs/my run", "rollout.engines=[http://a:1,http://b:2]", "corpus.weights={a: 0.5}", "policy.model=it's $HOME"]
-SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="/local/$HOME"\n'
+SITE = 'export SPICE_CONTAINER=registry/image:1 SPICE_MOUNTS=/scratch:/scratch NCCL_IB_HCA=mlx5 SPICE_SCRATCH="${PWD%/house}/local node"\n'
 DONE = "mkdir -p out.tasks/0000{0,1} && touch out.tasks/0000{0,1}/manifest.json\n"
 CORPUS = ["in put.jsonl", "--tokenizer", "hf", "--output", "out"]
 ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_ID": "2"}
@@ -64,6 +64,7 @@ CASES = {
     "spice-apptainer": (CUDA, "slurm/spice.sh", ["recipe.yaml"], TWO | APPTAINER | {"STATUS": "1"}, ""),
     "spice-alone-apptainer": (CPU, "slurm/spice.sh", ["recipe.yaml"], APPTAINER, ""),
     "spice-pyxis-site-file": (CUDA, "slurm/spice.sh", ODD, TWO, SITE),
+    "spice-apptainer-no-scratch": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | APPTAINER | {"SPICE_SCRATCH": "/dev/null/scratch"}, ""),
     "spice-pyxis-failed": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"STATUS": "1", "SPICE_CONTAINER": "/images/spice.sqsh"}, ""),
     "spice-pyxis-dry-run-without-a-job": (CPU, "slurm/spice.sh", ["--dry-run", "recipe.yaml"], {}, SITE),
     "preprocess-alone": (CPU, "slurm/preprocess.sh", CORPUS, {}, ""),
