@@ -143,7 +143,9 @@ def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
     for each in report.counts:
         assert set(each.suites) == SUITES and all(one.values for suite in each.suites.values() for one in suite.values())
         assert len(each.suites["checkpoint"]["waited_seconds"].values) == 3, "each of three iterations follows a save"
-        checkpoint = output / f"nodes-{each.count}" / "checkpoints" / "iteration_0000004"
+        run = output / f"nodes-{each.count}"
+        assert f"began rank 0 of {each.ranks} on n1, " in (run / "logs" / "rank_0.log").read_text(), "the first node, where all meet"
+        checkpoint = run / "checkpoints" / "iteration_0000004"
         size = sum(file.stat().st_size for file in checkpoint.rglob("*.distcp"))
         assert each.suites["checkpoint"]["gib"].median * 2**30 == pytest.approx(size, rel=0.05)
         seconds = each.suites["iteration"]["seconds"].values
