@@ -44,6 +44,7 @@ class EngineClient:
         compare_first_update: let the server compare its parameters, bit by bit, with what the first update sent.
         sends_seeds: the server samples by the requests' seeds.
         diagnose: what is known about the server when it fails, for error messages.
+        check: raises EngineError if the server has ended; asked while a request other than a generation waits.
         generate_url: where generations are asked for, if not at `url`: a router before several servers.
     """
 
@@ -58,9 +59,10 @@ class EngineClient:
         compare_first_update: bool = False,
         sends_seeds: bool = False,
         diagnose: Callable[[], str] = lambda: "",
+        check: Callable[[], None] = lambda: None,
         generate_url: str | None = None,
     ) -> None:
-        self._http = HttpVerbs(url, api_key, timeout=control_timeout, diagnose=diagnose)
+        self._http = HttpVerbs(url, api_key, timeout=control_timeout, diagnose=diagnose, check=check)
         self._generate_url = generate_url or url
         self._request_timeout = request_timeout
         self._control_timeout = control_timeout

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_spice.rollout.engine import EngineError, EngineRefused
+from megatron_spice.rollout.pulse import LOOK
 
 
 class HttpVerbs:
     """`url` is http:// or https://. `api_key` may be "". `timeout`: seconds one request may wait. `diagnose` adds what is known
-    about a failing engine, or ""."""
+    about a failing engine, or "". `check` raises EngineError where the engine has ended, which is looked at while an answer is waited
+    for: a server that somebody ends by SIGTERM may have lost its scheduler, and keep the connection open for the answer for ever."""
 
-    def __init__(self, url: str, api_key: str, *, timeout: float, diagnose: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self, url: str, api_key: str, *, timeout: float, diagnose: Callable[[], str] = lambda: "", check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.url = url
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
-        self._diagnose = diagnose
+        self._diagnose, self._check = diagnose, check
         self._address = urlsplit(url).netloc
         self._connect = http.client.HTTPSConnection if urlsplit(url).scheme == "https" else http.client.HTTPConnection
 
@@ -33,7 +40,7 @@ class HttpVerbs:
         """Status and text of the answer.
 
         Raises:
-            EngineError: there was no answer, or none in time.
+            EngineError: there was no answer, or none in time, or the engine has ended.
         """
         seconds = self._timeout if timeout is None else timeout
         connection = self._connect(self._address, timeout=seconds)
@@ -41,6 +48,7 @@ class HttpVerbs:
             payload = None if body is None else json.dumps(body)
             headers = {**self.headers, "Content-Type": "application/json"} if payload else self.headers
             connection.request(method, path, body=payload, headers=headers)
+            self._wait(connection.sock, seconds)
             answer = connection.getresponse()
             return answer.status, answer.read().decode(errors="replace")
         except TimeoutError as error:
@@ -49,6 +57,15 @@ class HttpVerbs:
             raise self.failure(method, path, f"failed ({type(error).__name__}: {error})") from error
         finally:
             connection.close()
+
+    def _wait(self, connection: socket.socket, seconds: float) -> None:
+        """Until there is something to read."""
+        waiting, deadline = select.poll(), time.monotonic() + seconds
+        waiting.register(connection, select.POLLIN)
+        while not waiting.poll(1000 * max(0.0, min(LOOK, deadline - time.monotonic()))):
+            self._check()
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
         """The answer's JSON, or its text if it is not JSON.

@@ -114,6 +114,7 @@ class SglangEngine:
             compare_first_update=self._config.verify_sync,
             sends_seeds=self._config.deterministic,
             diagnose=self._diagnosis,
+            check=self._check_life,
         )
 
     def wait_ready(self) -> None:
@@ -137,12 +138,7 @@ class SglangEngine:
 
     def check(self) -> None:
         """Raises EngineError with the end of the log if the server or its scheduler is not running, or hangs."""
-        if self._child is None or self._client is None or self._pulse is None:
-            raise EngineError("the engine was not launched")
-        if self._child.exit_code() is not None:
-            raise EngineError(self._diagnosis())
-        if (ended := self._pulse.ended()) is not None:
-            raise EngineError(f"engine {self._client.url}: its scheduler (process {ended}) has ended\n{self._diagnosis()}")
+        self._check_life()
         if self._pulse.is_hung(has_work=self._client.num_running > 0):
             raise EngineError(
                 f"engine {self._client.url} hangs: it has {self._client.num_running} requests and used no processor time for "
@@ -150,6 +146,14 @@ class SglangEngine:
             )
         if self._client.num_running:
             moved()
+
+    def _check_life(self) -> None:
+        if self._child is None or self._client is None or self._pulse is None:
+            raise EngineError("the engine was not launched")
+        if self._child.exit_code() is not None:
+            raise EngineError(self._diagnosis())
+        if (ended := self._pulse.ended()) is not None:
+            raise EngineError(f"engine {self._client.url}: its scheduler (process {ended}) has ended\n{self._diagnosis()}")
 
     def _is_terminated(self) -> bool:
         """Whether SIGTERM has ended the server; one whose scheduler was seen to have ended may take a moment."""

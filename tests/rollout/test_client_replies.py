@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -105,3 +106,17 @@ def test_a_refusal_and_an_unreadable_length_are_errors_too(server: Server) -> No
     with pytest.raises(EngineRefused, match="answered with 500: out of memory") as error:
         ask(server, b"out of memory", status=500)
     assert (error.value.status, error.value.said) == (500, "out of memory")
+
+
+def test_an_engine_that_has_ended_is_not_waited_for() -> None:
+    """Its server may keep the connection open; and one that lives is waited for as long as was said."""
+
+    def ended() -> None:
+        raise EngineError("its scheduler has ended")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(EngineError, match="its scheduler has ended"):
+            EngineClient(url, "", control_timeout=30.0, check=ended).end_update("1")
+        with pytest.raises(EngineError, match="POST /end_weight_update did not answer within 0.2 s"):
+            EngineClient(url, "", control_timeout=0.2).end_update("1")
