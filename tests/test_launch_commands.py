@@ -22,6 +22,7 @@ JOB = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST"
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 AGAIN = {"SLURM_RESTART_COUNT": "1"}
 FURTHER = {"STATUS": "1", "CHECKPOINT": "iteration_0000001"}
+ENDED = {"STATUS": "137", "ENDED": "job 41234 restart 0"}
 LIMIT = {"SIGNALS": "USR1 TERM", "STATUS": "75", "SHOWN": "JobState=COMPLETING Reason=TimeLimit", "AWAITED": "requeue"}
 GONE = LIMIT | {"SHOWN": "JobState=COMPLETING Reason=None", "AWAITED": "job"}
 TWICE = "mkdir -p 'runs/my run' && printf 'job 41234 at \\n%.0s' 1 2 >'runs/my run/warned_at'\n"
@@ -55,7 +56,7 @@ CASES = {
     "spice-third-limit": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | {"SIGNALS": "USR1", "STATUS": "75"}, TWICE),
     "spice-third-limit-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "USR1"}, TWICE),
     "spice-third-limit-while-saving": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | LIMIT | {"AWAITED": "job"}, TWICE),
-    "spice-two-nodes-ended-and-killed": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | {"STATUS": "137", "ENDED": "job 41234 restart 0"}, ""),
+    "spice-two-nodes-ended-and-killed": (CPU, "slurm/spice.sh", ["recipe.yaml"], TWO | ENDED, ""),
     "spice-ended-before-ranks": (CPU, "slurm/spice.sh", ["recipe.yaml"], JOB | {"EARLY": "TERM"}, ""),
     "spice-taken-back-at-last": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"REFUSALS": "2"}, ""),
     "spice-not-to-be-requeued": (CUDA, "slurm/spice.sh", ["recipe.yaml"], JOB | FURTHER | {"SHOWN": "Requeue=0 Restarts=0 BatchFlag=1"}, ""),
@@ -118,7 +119,7 @@ def test_a_start_that_is_killed_before_it_came_further_is_requeued_once(tmp_path
 def test_an_orderly_end_on_one_node_is_one_on_all(tmp_path: Path) -> None:
     """Slurm has killed the other nodes' launchers: any number of times. Not where ranks had failed, or it was another start's word."""
     recorder = Recorder(tmp_path, CPU)
-    ended = {**TWO, "STATUS": "137", "OWNER": "job 41234 restart 0", "ENDED": "job 41234 restart 0"}
+    ended = {**TWO, **ENDED, "OWNER": "job 41234 restart 0"}
 
     def exit_code(**more: str) -> tuple[bool, str]:
         story = recorder.story("slurm/spice.sh", ["recipe.yaml"], **ended, **more)
