@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from slurm_cluster import Cluster, cluster_or_skip
 
 # How long an example takes says how busy the machine is, not whether the law holds.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -14,6 +16,19 @@ hypothesis.settings.load_profile("default")
 ROOT = Path(__file__).parent
 FIRST = ("config", "game", "corpus", "telemetry", "evaluation", "tools")
 LAST = ("weights", "checkpoint", "policy", "cluster", "rollout", "train")
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+@pytest.fixture
+def slurm(_cluster: Cluster) -> Iterator[Cluster]:
+    """One real Slurm for all tests, which each finds empty and with both nodes."""
+    yield _cluster
+    _cluster.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slurm_cluster import cluster_or_skip, why_not
+from slurm_cluster import ENDED, why_not
 from tiny_recipe import tiny_recipe
 
 from megatron_spice.checkpoint.ownership import Ownership
@@ -125,17 +125,15 @@ def test_where_nothing_is_complete_there_is_no_result(recipe, tmp_path, capsys):
 
 @needs_slurm
 @pytest.mark.timeout(600)
-def test_two_numbers_of_nodes_in_one_allocation(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmark")
-    log, output = folder / "job.log", folder / "out"
-    with cluster_or_skip(folder / "cluster") as slurm:
-        exports = f"ALL,SPICE_VENV={sys.prefix},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1"
-        number = slurm.client(
-            "sbatch", "--parsable", "--nodes=2", f"--export={exports}", f"--output={log}", str(SCRIPT), "--nodes-list", "1,2",
-            "--iterations", "3", "--output", str(output), str(recipe), *ALONE, cwd=ROOT,
-        ).strip()  # fmt: skip
-        ended = slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=500)
-        assert ended["JobState"] == "COMPLETED", log.read_text()[-4000:]
+def test_two_numbers_of_nodes_in_one_allocation(slurm, recipe, tmp_path):
+    log, output = tmp_path / "job.log", tmp_path / "out"
+    exports = f"ALL,SPICE_VENV={sys.prefix},GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1"
+    number = slurm.client(
+        "sbatch", "--parsable", "--nodes=2", f"--export={exports}", f"--output={log}", str(SCRIPT), "--nodes-list", "1,2",
+        "--iterations", "3", "--output", str(output), str(recipe), *ALONE, cwd=ROOT,
+    ).strip()  # fmt: skip
+    ended = slurm.wait(number, *ENDED, seconds=500)
+    assert ended["JobState"] == "COMPLETED", log.read_text()[-4000:]
     report = node_report.read_report(output / "benchmark.json")
     assert [(each.count, each.ranks, each.passages) for each in report.counts] == [(1, 1, 3), (2, 2, 6)]
     middles = [statistics.median(line["seconds/iteration"] for line in timed(output / f"nodes-{count}")) for count in (1, 2)]

@@ -13,12 +13,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+"""States of a job that comes to no other by itself."""
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 SBIN = "/usr/sbin"
 
@@ -92,16 +94,30 @@ class Cluster:
         )
         log.close()
 
+    def clear(self) -> None:
+        """No jobs, and both nodes idle: the next test finds what the first did, also where this one failed.
+
+        Raises:
+            TimeoutError: they are not, after half a minute.
+        """
+        self._end_jobs()
+        for name in self.nodes:
+            if f"slurmd-{name}" not in self.daemons:
+                self.start_node(name)
+        _until(lambda: _idle(self) == set(self.nodes), self, "idle nodes")
+
+    def _end_jobs(self) -> None:
+        deadline = time.monotonic() + 10
+        with suppress(RuntimeError):  # the controller is not up (any more)
+            while (jobs := self.client("squeue", "--noheader", "--format=%A").split()) and time.monotonic() < deadline:
+                for options in (("--full", "--signal=KILL"), ()):
+                    with suppress(RuntimeError):  # one has ended meanwhile
+                        self.client("scancel", *options, *jobs)
+                time.sleep(0.3)
+
     def stop(self) -> None:
         """Ends all jobs, whose steps would outlive the daemons, and all daemons."""
-        try:
-            deadline = time.monotonic() + 10
-            while (jobs := self.client("squeue", "--noheader", "--format=%A").split()) and time.monotonic() < deadline:
-                self.client("scancel", "--full", "--signal=KILL", *jobs)
-                self.client("scancel", *jobs)
-                time.sleep(0.3)
-        except RuntimeError:  # the controller is not up (any more)
-            pass
+        self._end_jobs()
         for name in reversed(list(self.daemons)):
             self.daemons[name].send_signal(signal.SIGTERM)
         for process in self.daemons.values():
@@ -167,13 +183,16 @@ def _until(condition, made: Cluster, what: str, seconds: float = 30.0) -> None:
 
 
 def _configuration(folder: Path, munge: Path, controller: int, slurmd: list[int], cpus: int) -> str:
-    """cred_expire is also how long a requeued job has to wait, 2 minutes by default. Jobs of `urgent` preempt those of `main`, and
-    those of `graceful`, whose steps are told to end first, and whose scripts are not."""
+    """Jobs are not numbered from 1, for slurm/spice.sh takes a port by the number, and there may be another cluster on this machine.
+    cred_expire is also how long a requeued job has to wait, 2 minutes by default. KillWait is enough for any save on a busy machine, so
+    that one that is missing was not made; a job that has ended waits for nothing. Jobs of `urgent` preempt those of `main`, and those of
+    `graceful`, whose steps are told to end first, and whose scripts are not."""
     return f"""\
 ClusterName=test
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={controller}
+FirstJobId={controller}
 AuthType=auth/munge
 AuthInfo=socket={munge},cred_expire=6
 CredType=cred/munge
@@ -190,7 +209,7 @@ SchedulerParameters=sched_interval=2
 ReturnToService=2
 SwitchType=switch/none
 MpiDefault=none
-KillWait=20
+KillWait=120
 InactiveLimit=0
 SlurmdTimeout=10
 JobRequeue=1
