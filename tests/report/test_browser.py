@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from browser import Browser, find_chromium
 from made_run import HOSTILE, episode, hostile_run, made_run, repeated_run, write_lines
+from must_have import may_lack
 
 from megatron_spice.report.page import page
 from megatron_spice.report.runs import read_run
 
 AXE = Path(__file__).parents[2] / "assets" / "axe-core" / "package" / "axe.min.js"
 PHONE, DESK = 390, 1280
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (tests/run.sh installs Debian's)")
+pytestmark = pytest.mark.skipif(find_chromium() is None and may_lack("chromium"), reason="no Chromium here (tests/run.sh installs Debian's)")
 
 
 @pytest.fixture(scope="module")
