@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them all, fast ones first. Arguments go to pytest: bash tests/run.sh -k corpus
+#
+# Tests that start no ranks and no engines and measure no time run two files at a time, before the others. Where an argument is a file
+# or a folder, what it names runs one by one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -41,4 +44,28 @@ fi
 # Waiting threads that spin would take the cores from the processes the tests start.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-exec "$SPICE_VENV/bin/python" -m pytest "$@"
+pytest() { "$SPICE_VENV/bin/python" -m pytest "$@"; }
+
+for argument in "$@"; do
+  [ ! -e "${argument%%::*}" ] || { pytest "$@"; exit; }
+done
+
+fast=()
+for file in tests/{config,game,corpus,telemetry,evaluation,cost,crossplay,curriculum,report}/test_*.py \
+  tests/test_{command_line,launch_commands}.py; do
+  case "$file" in
+    */corpus/test_reading.py | */telemetry/test_ranks.py | */evaluation/test_checkpoint.py | */report/test_browser.py) ;;
+    *) fast+=("$file") ;;
+  esac
+done
+fast_code=0 code=0
+pytest -n 2 --dist loadfile "$@" "${fast[@]}" || fast_code=$?
+case "$fast_code" in 0 | 1 | 5) ;; *) exit "$fast_code" ;; esac
+pytest "${fast[@]/#/--ignore=}" "$@" || code=$?
+
+# 5 is that nothing was selected, which is for one of the two no failure.
+if [ "$code" = 0 ] || { [ "$code" = 5 ] && [ "$fast_code" != 5 ]; }; then
+  code=$fast_code
+  [ "$code" != 5 ] || code=0
+fi
+exit "$code"
