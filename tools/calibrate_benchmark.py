@@ -55,9 +55,9 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
         batches = [dict(zip(("prompts", "prompt", "samples", "completion", "calibrates"), batch)) for batch in BATCHES]
         found.append({**shared, "kind": "engine", "title": "engine", "ranks": 1, "threads": cores, "model": options.model, "batches": batches})
     for precision in (options.precision, "fp32") if "sync" in kinds else ():
-        rollout = {"bucket_mb": 256, "max_total_tokens": 4096}
+        rollout = {"bucket_mb": 256, "max_total_tokens": 4096, "server": {}}
         found.append({**shared, "kind": "sync", "title": f"sync {precision}", "ranks": 1, "threads": cores, "model": options.model,
-                      "precision": precision, "rollout": rollout, "calibrates": precision == options.precision})  # fmt: skip
+                      "layers": None, "precision": precision, "rollout": rollout, "calibrates": precision == options.precision})  # fmt: skip
     for ranks in (1, 2) if "checkpoint" in kinds else ():
         found.append({**shared, "kind": "checkpoint", "title": f"save DP={ranks}", "ranks": ranks, "threads": max(1, cores // ranks),
                       "model": options.model, "folder": None, "calibrates": ranks == 1})  # fmt: skip
@@ -73,7 +73,7 @@ def _update_job(case: tuple[Any, ...], shared: dict[str, Any], cores: int) -> di
     return {
         **shared, "kind": "policy", "title": title, "ranks": ranks, "layout": layout, "settings": settings, "layers": layers,
         "groups": groups, "group_size": 8, "prompts": [prompt], "completion": completion, "row_tokens": row_tokens,
-        "model": "small", "shared": True, "against": None, "warm_up": True, "threads": max(1, cores // ranks),
+        "model": "small", "shared": True, "against": None, "profile": None, "warm_up": True, "threads": max(1, cores // ranks),
         "calibrates": calibrates,
     }  # fmt: skip
 
@@ -91,9 +91,8 @@ def run_rank(job: dict[str, Any], result: Path) -> None:
         result.write_text(json.dumps({"job": job, **json.loads(result.read_text())}))
 
 
-
-def cases_of(results: Sequence[dict[str, Any]]) -> list[Any]:
-    """What the cost model makes of the results."""
+def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> list[Any]:
+    """What the cost model makes of the results. `architecture`: the engine's model; None: it is read from its folder."""
     import cost_cases
 
     from megatron_spice.config.hf import read_architecture
@@ -104,7 +103,7 @@ def cases_of(results: Sequence[dict[str, Any]]) -> list[Any]:
         if job["kind"] == "policy":
             found.append(cost_cases.update_case(job, result["seconds"], cost_cases.architecture_of(job, {})))
         elif job["kind"] == "engine":
-            found += cost_cases.engine_cases(result, read_architecture(Path(job["model"])))
+            found += cost_cases.engine_cases(result, architecture or read_architecture(Path(job["model"])))
         elif job["kind"] == "sync":
             found.append(cost_cases.sync_case(result, job["title"], job["calibrates"]))
         else:
