@@ -2,7 +2,8 @@
 
 A server can hang in ways that no connection shows: its scheduler is stopped or waits for a lock, while its HTTP process
 answers as ever. But a scheduler that works uses processor time, on a CPU for the arithmetic and on an accelerator for
-polling. (One that spins on a hung kernel is for SGLang's own watchdog, which ends it.)
+polling. (One that spins on a hung kernel is for SGLang's own watchdog, which ends it.) Or it waits for a compiler: on an accelerator
+kernels are compiled when they are first needed, which may be in the first game, and half a minute of nvcc each.
 
 A scheduler that has ended is another matter: SGLang, told of it by its last signal, waits some seconds for an accelerator to
 settle before it ends the rest. What is known at once need not be waited for.
@@ -17,6 +18,7 @@ Time is counted in looks, each of a second at most: a machine that was suspended
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,13 +81,20 @@ class Pulse:
 
 
 def scheduler_ticks(group: int) -> int:
-    """Processor time used by a process group's schedulers, in clock ticks; by all of it where none bears the name."""
-    own, everyone = 0, 0
-    for stat, fields in _members(group):
-        ticks = int(fields[11]) + int(fields[12])
-        everyone += ticks
-        own += ticks if _is_scheduler(stat) else 0
-    return own or everyone
+    """Processor time used by a process group's schedulers and by other programs that they have started, in clock ticks; by all
+    of the group where none bears the name.
+
+    Only other programs: Python's processes that a scheduler keeps (torch's compile workers) look up each second, whatever it does.
+    """
+    members = {int(stat.parent.name): (stat, int(fields[1]), int(fields[11]) + int(fields[12])) for stat, fields in _members(group)}
+    schedulers = {process for process, (stat, _, _) in members.items() if _is_scheduler(stat)}
+    counted = set(schedulers)
+    for process, (stat, parent, _) in members.items():
+        while parent in members and parent not in schedulers:
+            parent = members[parent][1]
+        if parent in schedulers and _program(stat) != _program(members[parent][0]):
+            counted.add(process)
+    return sum(ticks for process, (_, _, ticks) in members.items() if process in counted or not schedulers)
 
 
 def scheduler_ids(group: int) -> set[int]:
@@ -111,6 +120,12 @@ def _is_scheduler(stat: Path) -> bool:
     with contextlib.suppress(OSError):
         return b"scheduler" in (stat.parent / "cmdline").read_bytes()
     return False
+
+
+def _program(stat: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return os.readlink(stat.parent / "exe")
+    return None
 
 
 def _runs(process: int) -> bool:

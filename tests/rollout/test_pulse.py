@@ -82,3 +82,24 @@ def test_a_scheduler_that_has_ended_is_known_at_once() -> None:
     finally:
         os.killpg(leader.pid, signal.SIGKILL)
         leader.communicate()
+
+
+COMPILING = """
+import subprocess, sys, time
+print(flush=True)
+subprocess.run(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("compiler, is_hung", [(["sh", "-c", "while :; do :; done"], False), ([sys.executable, "-c", BUSY], True)])
+def test_a_scheduler_that_waits_for_a_compiler_is_not_hung(compiler: list[str], is_hung: bool) -> None:
+    """But one whose Python helpers alone do something is."""
+    command = [sys.executable, "-c", COMPILING, "scheduler", *compiler]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(1.0)  # it has begun
+        assert looks(Pulse(process.pid, patience=1.0), 2.5)[-1] == is_hung
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
