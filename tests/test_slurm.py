@@ -258,7 +258,7 @@ def _play_the_last_two_iterations_again_on_one_node(slurm: Cluster, recipe: Path
     for name in ("policy/loss", "policy/grad_norm"):
         here, there = [line[name] for line in found], [line[name] for line in through[-2:]]
         assert here == pytest.approx(there, rel=1e-4, abs=0), name
-        assert 0.0 not in here and here[1] != pytest.approx(here[0], rel=1e-3), "each iteration has learnt"
+        assert 0.0 not in here and here[0] != here[1], "each iteration has learnt something else"
     assert not ranks(again)
 
 
