@@ -91,8 +91,8 @@ def run_rank(job: dict[str, Any], result: Path) -> None:
         result.write_text(json.dumps({"job": job, **json.loads(result.read_text())}))
 
 
-def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> list[Any]:
-    """What the cost model makes of the results. `architecture`: the engine's model; None: it is read from its folder."""
+def cases_of(results: Sequence[dict[str, Any]]) -> list[Any]:
+    """What the cost model makes of the results."""
     import cost_cases
 
     from megatron_spice.config.hf import read_architecture
@@ -103,7 +103,7 @@ def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> lis
         if job["kind"] == "policy":
             found.append(cost_cases.update_case(job, result["seconds"], cost_cases.architecture_of(job, {})))
         elif job["kind"] == "engine":
-            found += cost_cases.engine_cases(result, architecture or read_architecture(Path(job["model"])))
+            found += cost_cases.engine_cases(result, read_architecture(Path(job["model"])))
         elif job["kind"] == "sync":
             found.append(cost_cases.sync_case(result, job["title"], job["calibrates"]))
         else:

@@ -47,7 +47,7 @@ def _share_a_loop() -> None:
     """All gloo groups that torch makes from here on share one thread that listens to their sockets.
 
     Torch gives each its own, which looks up a hundred times a second (gloo/transport/tcp/loop.cc). Megatron makes some twenty groups
-    a rank, most of them of that rank alone: without a word said they take 2 % of a core a rank. Horovod shares a device likewise.
+    a rank, most of them of that rank alone: without a word said they took 2 % of a core a rank.
     """
     if "," in (interface := os.environ.get("GLOO_SOCKET_IFNAME", "")):
         return  # several interfaces are used in turn, a device each
