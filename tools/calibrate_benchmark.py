@@ -1,8 +1,9 @@
 """`tools/benchmark.py calibrate`: measures what the cost model of `plan` is made of, and how far off its predictions are.
 
 The real parts are measured in small cases: updates of the policy by shape and layout, batches of an engine, the weights' way to
-it, and saves. Some cases give the constants (rates and fixed times, by least squares of relative errors, none below zero); the
-others are predicted with them and not used for them (`held out`). `--output` gets `calibration.json`, which
+it, and saves; and on a CPU two runs of the quickstart's recipe, whose corpus must be there. Some cases give the constants (rates
+and fixed times, by least squares of relative errors); the others are predicted with them and not used for them (`held out`).
+`--output` gets `calibration.json`, which
 `python -m megatron_spice plan RECIPE --calibration FILE` takes, beside the cases with prediction and measurement.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,35 +35,61 @@ BATCHES = [
     (6, 200, 8, 32, False), (16, 100, 8, 16, False), (2, 512, 8, 64, False),
 ]  # fmt: skip
 
+KINDS = ("policy", "engine", "sync", "checkpoint", "iteration")
+RECIPE = Path(__file__).resolve().parent.parent / "examples" / "quickstart.yaml"
+ROUNDS = 5
+"""Of the cases that take less than a second, in turn: what else a machine does for a minute then falls on all of them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    parser.add_argument("--steps", type=positive, default=3, help="timed repetitions of each case (default 3)")
-    parser.add_argument("--only", default="policy,engine,sync,checkpoint", help="kinds of case, with commas between them")
+    parser.add_argument("--steps", type=positive, default=5, help="timed repetitions of each case, or of each of its rounds (default 5)")
+    parser.add_argument("--only", help=f"kinds of case, with commas between them (default {','.join(KINDS)}; on a GPU without {KINDS[-1]})")
 
 
 def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The cases; those of an engine are one job."""
     need_model_folder(options.model)
-    kinds = options.only.split(",")
-    if unknown := set(kinds) - {"policy", "engine", "sync", "checkpoint"}:
-        refuse(f"--only {','.join(sorted(unknown))} is none of policy, engine, sync, checkpoint")
+    device = machine.device("auto")
+    kinds = options.only.split(",") if options.only else KINDS if device == "cpu" else KINDS[:-1]
+    if unknown := set(kinds) - set(KINDS):
+        refuse(f"--only {','.join(sorted(unknown))} is none of {', '.join(KINDS)}")
     cores = machine.usable_cores()
-    shared = {"device": machine.device("auto"), "seed": options.seed, "steps": options.steps, "precision": options.precision}
+    shared = {"device": device, "seed": options.seed, "steps": options.steps, "precision": options.precision}
     found = [_update_job(case, shared, cores) for case in UPDATES if "policy" in kinds]
     if "engine" in kinds:
         batches = [dict(zip(("prompts", "prompt", "samples", "completion", "calibrates"), batch)) for batch in BATCHES]
         found.append({**shared, "kind": "engine", "title": "engine", "ranks": 1, "threads": cores, "model": options.model, "batches": batches})
-    for precision in (options.precision, "fp32") if "sync" in kinds else ():
+    if "iteration" in kinds:
+        found.append(_runs(options, shared, cores))
+    precisions = dict.fromkeys((options.precision, "fp32"))
+    short = []
+    for precision in precisions if "sync" in kinds else ():
         rollout = {"bucket_mb": 256, "max_total_tokens": 4096, "server": {}}
-        found.append({**shared, "kind": "sync", "title": f"sync {precision}", "ranks": 1, "threads": cores, "model": options.model,
+        short.append({**shared, "kind": "sync", "title": f"sync {precision}", "ranks": 1, "threads": cores, "model": options.model,
                       "layers": None, "precision": precision, "rollout": rollout, "calibrates": precision == options.precision})  # fmt: skip
-    for ranks in (1, 2) if "checkpoint" in kinds else ():
-        found.append({**shared, "kind": "checkpoint", "title": f"save DP={ranks}", "ranks": ranks, "threads": max(1, cores // ranks),
-                      "model": options.model, "folder": None, "calibrates": ranks == 1})  # fmt: skip
+    for precision, ranks in [(each, ranks) for each in precisions for ranks in (1, 2)] if "checkpoint" in kinds else ():
+        short.append({**shared, "kind": "checkpoint", "title": f"save {precision} DP={ranks}", "ranks": ranks, "precision": precision,
+                      "threads": max(1, cores // ranks), "model": options.model, "folder": None, "whole": False,
+                      "calibrates": precision == options.precision})  # fmt: skip
+    found += short * ROUNDS
     return found
+
+
+def _runs(options: argparse.Namespace, shared: dict[str, Any], cores: int) -> dict[str, Any]:
+    from megatron_spice.config.loader import load_config
+
+    overrides = [f"policy.model={options.model}", f"policy.precision={options.precision}", f"train.seed={options.seed}"]
+    corpus = load_config(RECIPE, overrides).corpus.path
+    if not (corpus / "manifest.json").exists():
+        without = ",".join(kind for kind in KINDS if kind != "iteration")
+        refuse(f"the corpus of {RECIPE}, {corpus}, is not there: bash examples/quickstart.sh makes it; without whole runs: --only {without}")
+    return {
+        **shared, "kind": "iteration", "title": "runs of the quickstart", "ranks": 1, "threads": cores, "model": options.model,
+        "recipe": str(RECIPE), "overrides": overrides, "against": None, "rounds": 2, "iterations": options.steps, "their_steps": 0,
+    }  # fmt: skip
 
 
 def _update_job(case: tuple[Any, ...], shared: dict[str, Any], cores: int) -> dict[str, Any]:
@@ -82,17 +110,21 @@ def run_rank(job: dict[str, Any], result: Path) -> None:
     """Measures a case by the code of its own suite."""
     import calibrate_engine
     import checkpoint_benchmark
+    import iteration_benchmark
     import policy_benchmark
     import sync_benchmark
 
-    suites = {"policy": policy_benchmark, "engine": calibrate_engine, "sync": sync_benchmark, "checkpoint": checkpoint_benchmark}
+    suites = {
+        "policy": policy_benchmark, "engine": calibrate_engine, "iteration": iteration_benchmark, "sync": sync_benchmark,
+        "checkpoint": checkpoint_benchmark,
+    }  # fmt: skip
     suites[job["kind"]].run_rank(job, result)
     if result.exists():
         result.write_text(json.dumps({"job": job, **json.loads(result.read_text())}))
 
 
-def cases_of(results: Sequence[dict[str, Any]]) -> list[Any]:
-    """What the cost model makes of the results."""
+def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> list[Any]:
+    """What the cost model makes of the results. `architecture` is that of the engine's model, where its folder is not here."""
     import cost_cases
 
     from megatron_spice.config.hf import read_architecture
@@ -100,35 +132,41 @@ def cases_of(results: Sequence[dict[str, Any]]) -> list[Any]:
     found: list[Any] = []
     for result in results:
         job = result["job"]
+        rounds = [each for each in results if each["job"]["title"] == job["title"]]
+        if result is not rounds[0]:
+            continue
         if job["kind"] == "policy":
             found.append(cost_cases.update_case(job, result["seconds"], cost_cases.architecture_of(job, {})))
         elif job["kind"] == "engine":
-            found += cost_cases.engine_cases(result, read_architecture(Path(job["model"])))
+            found += cost_cases.engine_cases(result, architecture or read_architecture(Path(job["model"])))
+        elif job["kind"] == "iteration":
+            found += cost_cases.run_cases(result, architecture or read_architecture(Path(job["model"])), job["threads"])
         elif job["kind"] == "sync":
-            found.append(cost_cases.sync_case(result, job["title"], job["calibrates"]))
+            seconds = statistics.median(each["seconds"] for each in rounds)
+            found.append(cost_cases.sync_case(result | {"seconds": seconds}, job["title"], job["calibrates"]))
         else:
-            found.append(cost_cases.save_case(result, job["title"], job["calibrates"]))
+            seconds = statistics.median(each["parts"]["stall"]["seconds"] for each in rounds)
+            found.append(cost_cases.save_case(job, result["parts"]["stall"]["gib"], seconds))
     return found
 
 
-def calibrated(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The device's file that follows from the results."""
+def calibrated(results: Sequence[dict[str, Any]], architecture: Any = None, name: str | None = None) -> dict[str, Any]:
+    """The device's file that follows from the results. `name`: of the device, if it is not this machine's."""
     import cost_cases
 
     from megatron_spice.cost.device import default_file, read_device
 
     about = machine.processor()
-    before = read_device(default_file(machine.device("auto")))
-    return cost_cases.calibration(
-        f"{about['cores']} cores of {about['model']}", cases_of(results), before, "tools/benchmark.py calibrate"
-    )  # fmt: skip
+    before = read_device(default_file(results[0]["job"]["device"]))
+    cases = cases_of(results, architecture)
+    return cost_cases.calibration(name or f"{about['cores']} cores of {about['model']}", cases, before, "tools/benchmark.py calibrate")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Each case, measured and predicted by the constants that follow from those that calibrate."""
     if not results:
         return "nothing was measured"
-    device = _device(calibrated(results))
+    device = device_of(calibrated(results))
     rows = [["part", "case", "", "measured s", "predicted s", "off"]]
     for case in cases_of(results):
         predicted = device.seconds(case.work, case.threads)
@@ -141,7 +179,7 @@ def finish(results: Sequence[dict[str, Any]], folder: Path, name: str) -> None:
     (folder / "calibration.json").write_text(json.dumps(calibrated(results), indent=1) + "\n")
 
 
-def _device(found: dict[str, Any]) -> Any:
+def device_of(found: dict[str, Any]) -> Any:
     from megatron_spice.cost.device import Constant, Device
 
     return Device(found["device"], found["on_cpu"], {name: Constant(**about) for name, about in found["constants"].items()})

@@ -47,7 +47,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "title": f"{options.precision}, DP={ranks}", "ranks": ranks, "device": machine.device("auto"), "model": options.model,
-            "precision": options.precision, "steps": options.steps, "work_seconds": WORK_SECONDS, "folder": str(options.folder) if options.folder else None,
+            "precision": options.precision, "steps": options.steps, "whole": True, "work_seconds": WORK_SECONDS, "folder": str(options.folder) if options.folder else None,
             "threads": options.threads or max(1, machine.usable_cores() // ranks),
         }
         for ranks in options.data
@@ -138,6 +138,10 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
         saved = timed("write", lambda: checkpointer.finish(wait=True))
         for name in ("begin", "file", "finish", "processor"):
             parts.setdefault(name, []).append(checkpointer.seconds[name])
+        if not job["whole"]:  # saves alone, each when the disk is done with the one before, as after an iteration
+            os.sync()
+            time.sleep(1.0)
+            continue
         timed("work alone", work)
         checkpointer.begin(policy, {"iteration": iteration})
         checkpointer.proceed()
@@ -155,11 +159,11 @@ def _measure(job: dict[str, Any], here: Any, folder: Path) -> dict[str, Any]:
     return {
         "title": job["title"], "layout": policy.layout.describe(), "gib": gib,
         "parts": {
-            name: {"gib": gib, "seconds": seconds[name], **({"ceiling": seconds[against[name]]} if name in against else {})}
-            for name in ("stall", "write", "begin", "file", "finish", "load")
+            name: {"gib": gib, "seconds": seconds[name], **({"ceiling": seconds[against[name]]} if against.get(name) in seconds else {})}
+            for name in ("stall", "write", "begin", "file", "finish", "load") if name in seconds
         },
-        "processor_seconds": seconds["processor"], "work_seconds": seconds["work alone"],
-        "beside": statistics.median(beside / alone for beside, alone in zip(parts["work beside"][1:], parts["work alone"][1:])),
+        "processor_seconds": seconds["processor"], "work_seconds": seconds.get("work alone"),
+        "beside": statistics.median(beside / alone for beside, alone in zip(parts["work beside"][1:], parts["work alone"][1:])) if job["whole"] else None,
         "first_stall": parts["stall"][0], "all_seconds": parts,
     }  # fmt: skip
 

@@ -25,7 +25,8 @@ RATES = {
     "link": "B/s",  # between ranks of a node, each direction
     "network": "B/s",  # between nodes, of one rank
     "engine_matmul": "FLOP/s",  # prompts
-    "engine_memory": "B/s",  # weights and keys and values that a step of decoding reads
+    "engine_memory": "B/s",  # weights that a step of decoding reads
+    "engine_cache": "B/s",  # keys and values that it reads: on a CPU they are gathered first
     "copy": "B/s",  # weights on their way to an engine
     "save_copy": "B/s",  # a rank's state into host memory: what an iteration waits for
     "save_write": "B/s",  # to the disk, beside the next iteration

@@ -3,7 +3,8 @@
 A batch of completions takes as many steps as its longest has tokens. In each step the engine reads all its weights and the keys
 and values of what has been written, and pays for each sequence that is not over:
     engine_matmul    2 x weights x prompt tokens, each prompt once (its samples share it), and its attention
-    engine_memory    steps x bytes of the weights, and of keys and values: tokens in front of each token decoded
+    engine_memory    steps x bytes of the weights
+    engine_cache     bytes of keys and values: of the tokens in front of each token decoded
     engine_step, engine_sequence, engine_request    what each costs besides
 Where more sequences are asked for than fit (`max_running_requests`, the KV cache, which has a prompt once for its samples), they
 are decoded in waves: so many times the steps. Challenger and Reasoner of a passage follow each other; passages that are in flight
@@ -61,7 +62,7 @@ def batch_work(architecture: ModelArchitecture, engine: EngineShape, batch: Batc
     prompts = batch.requests * batch.prompt
     return {
         "engine_matmul": (cost.token * prompts + cost.pair * prompts * batch.prompt / 2.0 + cost.prediction * batch.requests) / engine.ranks,
-        "engine_memory": steps * weights + contexts * keys,
+        "engine_memory": steps * weights, "engine_cache": contexts * keys,
         "engine_step": steps, "engine_sequence": tokens, "engine_request": float(batch.requests),
     }  # fmt: skip
 

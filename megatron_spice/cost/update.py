@@ -9,7 +9,10 @@ For each row of n tokens and each of a stage's layers (t tensor-parallel ranks, 
     attention   3.5 x 4 x heads x head size x pairs / (t c): backward has five products where forward has two; masks are
                 skipped in tiles, so `TILE` more keys a token than attend are computed
     elements    traffic of norms, rotations and activation: 40 h + 12 f bytes a token, there and back (16-bit numbers)
-    link        8 transfers of n h numbers, (t - 1) / t of each: gathers and reductions around attention and MLP, there and back
+    link        10 transfers of n h numbers with sequence parallelism, 8 without, (t - 1) / t of each: gathers and reductions
+                around attention and MLP, there and back; what a matrix split by columns reads is gathered again for its gradient
+For each row besides:
+    elements    LOGIT bytes for each logit, ADDED for each number that the rank holds: its gradient is added to the sum
 Once an update:
     optimizer   28 bytes for each number stepped (gradient, master weight, two moments), 10 for each held
     link or network  float32 gradients reduced and weights gathered: (4 + bytes a weight)(d - 1) / d of what a rank holds
@@ -28,6 +31,8 @@ from megatron_spice.policy.packing import Cost, Row, num_tokens, row_cost
 from megatron_spice.policy.parameter_count import rank_parameters
 
 TILE = 128
+LOGIT = 12.0  # written and read again as 16-bit numbers, on the way there, and twice on the way back
+ADDED = 10.0  # float32 sums read and written, a 16-bit gradient read
 
 
 def update_work(
@@ -44,7 +49,9 @@ def update_work(
     rows = [row for row in rows if row or filled]
     def through(row: Row, stage: int) -> Work:
         tokens = max(filled, num_tokens(row))
-        return added(*(_row_work(architecture, config, layout, row, tokens, chunk) for chunk in _chunks(layout, stage)))
+        held = rank_parameters(architecture, layout, stage).held
+        work = (_row_work(architecture, config, layout, row, tokens, chunk) for chunk in _chunks(layout, stage))
+        return added(*work, {"elements": ADDED * held})
 
     total = added(*(through(row, stages - 1) for row in rows))
     for stage in range(stages - 1 if rows else 0):
@@ -82,18 +89,20 @@ def _row_work(
     is_last = chunk == len(layout.chunk_layers) - 1
     pairs = row_cost(row, Cost(token=0.0, pair=1.0)) + TILE * tokens
     ffn = a.experts_per_token * a.expert_ffn_hidden_size if a.num_experts else a.ffn_hidden_size
-    transfers = 8.0 * layers * (layout.tensor - 1) / layout.tensor if layout.tensor > 1 else 0.0
+    around = (10.0 if layout.sequence_parallel else 8.0) * layers
+    transfers = around * (layout.tensor - 1) / layout.tensor
     boundaries = 2.0 if layout.pipeline > 1 else 0.0
     gathered = 4.0 * layers * (layout.context - 1) / layout.context
     number = 4.0 if config.precision == "fp32" else 2.0
     keys = 2.0 * a.num_query_groups * a.head_dim / layout.tensor
     products = "matmul_fp8" if config.precision == "fp8" else "matmul"
-    return added({products: 3.0 * again * cost.token * tokens * part / shared}, {
-        "matmul": 4.0 * cost.prediction * predictions / shared if is_last else 0.0,
+    logits = predictions / shared if is_last else 0.0
+    return added({products: 3.0 * again * cost.token * tokens * part / shared, "elements": LOGIT * logits * a.vocab_size}, {
+        "matmul": 4.0 * cost.prediction * logits,
         "attention": 3.5 * again * cost.pair * pairs * part / shared,
         "elements": again * (40.0 * a.hidden_size + 12.0 * ffn) * tokens * layers / shared,
         "row_layer": again * layers, "row": 1.0 if is_last else 0.5,
         "link": number * tokens * (a.hidden_size * (transfers + boundaries) + keys * gathered) / layout.context,
-        "message": 8.0 * layers * (layout.tensor - 1) + boundaries + 4.0 * layers * (layout.context - 1),
+        "message": around * (layout.tensor - 1) + boundaries + 4.0 * layers * (layout.context - 1),
     })  # fmt: skip
 

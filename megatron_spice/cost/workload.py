@@ -17,8 +17,8 @@ from megatron_spice.game.records import Trajectory
 
 ATTEMPTS = 1.25  # groups of attempts a passage
 VALID = 0.75  # of a group's attempts
-INSTRUCTIONS = {"chat": 600, "few_shot": 190}  # tokens of a Challenger's prompt besides the passage
-QUESTION = {"chat": 200, "few_shot": 110}  # tokens of a Reasoner's prompt
+INSTRUCTIONS = {"chat": 600, "few_shot": 115}  # tokens of a Challenger's prompt besides the passage
+QUESTION = {"chat": 200, "few_shot": 65}  # tokens of a Reasoner's prompt
 PASSAGE = 512  # where the corpus cannot be read
 
 

@@ -56,11 +56,11 @@ def test_a_save_and_a_hand_over_move_what_the_memory_table_says(name, tmp_path):
     assert found["save"] * config.checkpoint.every == pytest.approx(H100.seconds(save_work(saved)))
     kept = host(tmp_path, name, "a checkpoint being written")
     assert kept <= saved < (1.001 if layout.pipeline == 1 else 1.5) * kept
-    moved = host(tmp_path, name, "copies of what sleeps") / 25e9
-    uncovered = found["wake"] - 0.5
+    moved = H100.seconds({"save_copy": host(tmp_path, name, "copies of what sleeps")})
+    uncovered = found["wake"] - H100.seconds({"hand_over": 1.0})
     assert moved * 0.999 <= uncovered < (1.001 if layout.pipeline == 1 else 1.5) * moved
-    in_buckets = H100.seconds({"copy": 2.0 * engine_parameters(architecture, 1)})
-    assert found["sync"] == pytest.approx(uncovered + 0.5 + 0.2 + in_buckets), "there and back"
+    sent_and_checked = H100.seconds({"copy": 2.0 * engine_parameters(architecture, 1), "check": 1.0})
+    assert found["sync"] == pytest.approx(found["wake"] + sent_and_checked), "there and back"
 
 
 def test_a_mixture_s_ranks_save_their_part_of_the_experts(tmp_path):
@@ -79,7 +79,7 @@ def test_context_parallel_ranks_share_a_save_too(tmp_path):
 
 
 def test_sleepers_that_keep_their_state_move_nothing(tmp_path):
-    assert phases(tmp_path, EIGHT, "policy.sleep=gradients", "rollout.memory_fraction=0.8")["wake"] == pytest.approx(0.5)
+    assert phases(tmp_path, EIGHT, "policy.sleep=gradients", "rollout.memory_fraction=0.8")["wake"] == pytest.approx(H100.seconds({"hand_over": 1.0}))
 
 
 def test_play_takes_longer_where_the_cache_is_small(tmp_path):

@@ -3,54 +3,98 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
+import calibrate_benchmark  # noqa: E402
 import cost_cases  # noqa: E402
+import scaling_benchmark  # noqa: E402
 
 from megatron_spice.config.hf import ModelArchitecture  # noqa: E402
 from megatron_spice.cost.device import default_file, read_device  # noqa: E402
 
 TOLERANCE = 0.15
+RESULTS = ROOT / "docs" / "results"
 SMOLLM2 = ModelArchitecture.from_config({
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
 })  # fmt: skip
-CASES = cost_cases.committed_cases(ROOT / "docs" / "results", SMOLLM2)
+CPU, GPU = read_device(default_file("cpu")), read_device(default_file("cuda"))
+CASES, GPU_CASES = cost_cases.committed_cases(RESULTS, SMOLLM2), cost_cases.committed_gpu_cases(RESULTS)
+CALIBRATED = json.loads((RESULTS / "cost-cpu" / "calibrate.json").read_text())["results"]
+CALIBRATED_CASES = calibrate_benchmark.cases_of(CALIBRATED, SMOLLM2)
+CALIBRATION = json.loads((RESULTS / "cost-cpu" / "calibration.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.part}: {case.name}")
+def named(cases: list[cost_cases.Case]):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case.part}: {case.name}")
+
+
+@named(CASES)
 def test_a_measured_case_is_predicted(case):
-    assert abs(case.off(read_device(default_file("cpu")))) < TOLERANCE
+    assert abs(case.off(CPU)) < TOLERANCE
 
 
-def test_cases_that_gave_no_constant_are_of_every_phase():
-    held_out = {case.part for case in CASES if not case.calibrates}
-    assert {"play", "train", "sync", "wake"} <= held_out
+@named(GPU_CASES)
+def test_a_case_measured_on_a_gpu_is_predicted(case):
+    assert abs(case.off(GPU)) < TOLERANCE
+
+
+@named(CALIBRATED_CASES)
+def test_a_case_of_a_machine_s_own_calibration_is_predicted(case):
+    """`benchmark.py calibrate`: by the constants of the cases that calibrate, these and those that are held out."""
+    assert abs(case.off(calibrate_benchmark.device_of(CALIBRATION))) < TOLERANCE
+
+
+@pytest.mark.parametrize("file", ["scaling", "first", "tails"])
+def test_an_iteration_of_virtual_nodes_is_predicted(file):
+    """Up to 32 ranks: by its waits, and what ranks compute on two cores."""
+    rows = scaling_benchmark.summary(json.loads((RESULTS / "scaling-cpu" / f"{file}.json").read_text())["results"])
+    assert [row["ranks"] for row in rows if abs(row["predicted_seconds"] / row["seconds"] - 1.0) >= TOLERANCE] == []
+    assert {row["ranks"] for row in rows} >= {1, 32}
+
+
+@pytest.mark.parametrize("cases, parts", [
+    (CASES, {"play", "train", "sync", "wake"}), (CALIBRATED_CASES, {"play", "train", "sync", "wake", "save"}), (GPU_CASES, {"train"}),
+])  # fmt: skip
+def test_cases_that_gave_no_constant_are_of_every_phase(cases, parts):
+    assert {case.part for case in cases if not case.calibrates} >= parts
 
 
 def test_the_committed_constants_are_those_of_the_committed_results():
-    before = read_device(default_file("cpu"))
-    made = cost_cases.calibration(before.name, CASES, before, "")["constants"]
-    for name, about in made.items():
-        if about["measured"]:
-            assert about["value"] == pytest.approx(before.constants[name].value, rel=0.2), name
+    for made, committed in (
+        (cost_cases.calibration(CPU.name, CASES, CPU, ""), json.loads(default_file("cpu").read_text())),
+        (calibrate_benchmark.calibrated(CALIBRATED, SMOLLM2), CALIBRATION),
+    ):  # fmt: skip
+        for name, about in made["constants"].items():
+            if about["measured"]:
+                assert about["value"] == pytest.approx(committed["constants"][name]["value"], rel=0.2), name
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3), st.integers(0, 99))
+def test_the_constants_that_made_the_cases_are_found_again(factors, seed):
+    """Even where they differ from what was assumed by ten times, up or down, as long as the cases tell them apart."""
+    names, rng = ("engine_memory", "engine_step", "engine_sequence"), random.Random(seed)
+    true = {name: CPU.constants[name].seconds * factor for name, factor in zip(names, factors)}
+    cases = []
+    for number in range(9):
+        shares = [0.9 if number % 3 == place else 0.05 for place in range(3)]
+        work = {name: share * rng.uniform(1.0, 20.0) / true[name] for name, share in zip(names, shares)}
+        cases.append(cost_cases.Case("made", "play", work, 1, sum(work[name] * true[name] for name in names), True))
+    assert cost_cases.fit(cases, CPU) == pytest.approx(true, rel=0.05)
 
 
 def test_the_prediction_depends_on_the_device():
     """Halving a rate that matters moves a prediction out of the tolerance, so the test above can fail."""
     found = json.loads(default_file("cpu").read_text())
     found["constants"]["engine_step"]["value"] *= 3
-    slower = cost_cases.Device("slower", True, {name: cost_cases_constant(about) for name, about in found["constants"].items()})
+    slower = calibrate_benchmark.device_of(found)
     plays = [case for case in CASES if case.part == "play"]
     assert all(case.off(slower) > TOLERANCE for case in plays)
-
-
-def cost_cases_constant(about: dict):
-    from megatron_spice.cost.device import Constant
-
-    return Constant(**about)

@@ -26,3 +26,12 @@ def test_a_case_is_measured_and_its_work_is_counted(tmp_path: Path, kind: str, w
     assert result is not None, "a rank failed; what it said is above"
     [case] = calibrate_benchmark.cases_of([result])
     assert case.seconds > 0 and any(case.work.values())
+
+
+def test_runs_without_their_corpus_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
+    model = make_model(tmp_path / "hf", "llama", tied=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        calibrate_benchmark.jobs(_parser().parse_args(["calibrate", "--model", str(model), "--only", "policy,iteration"]))
+    said = str(refused.value)
+    assert "assets/factbook" in said and "examples/quickstart.sh" in said and "--only policy,engine,sync,checkpoint" in said
