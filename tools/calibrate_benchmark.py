@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _runs(options: argparse.Namespace, shared: dict[str, Any], cores: int) -> di
         refuse(f"the corpus of {RECIPE}, {corpus}, is not there: bash examples/quickstart.sh makes it; without whole runs: --only {without}")
     return {
         **shared, "kind": "iteration", "title": "runs of the quickstart", "ranks": 1, "threads": cores, "model": options.model,
-        "recipe": str(RECIPE), "overrides": overrides, "against": None, "rounds": 2, "iterations": options.steps, "their_steps": 0,
+        "recipe": os.path.relpath(RECIPE), "overrides": overrides, "against": None, "rounds": 2, "iterations": options.steps, "their_steps": 0,
     }  # fmt: skip
 
 
@@ -142,10 +142,10 @@ def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> lis
         elif job["kind"] == "iteration":
             found += cost_cases.run_cases(result, architecture or read_architecture(Path(job["model"])), job["threads"])
         elif job["kind"] == "sync":
-            seconds = statistics.median(each["seconds"] for each in rounds)
-            found.append(cost_cases.sync_case(result | {"seconds": seconds}, job["title"], job["calibrates"]))
+            seconds = cost_cases.quiet([each for found_in in rounds for each in found_in["all_seconds"]["sync"][1:]])
+            found.append(cost_cases.sync_case(result["gib"], seconds, job["title"], job["calibrates"]))
         else:
-            seconds = statistics.median(each["parts"]["stall"]["seconds"] for each in rounds)
+            seconds = cost_cases.quiet([each for found_in in rounds for each in found_in["all_seconds"]["stall"][1:]])
             found.append(cost_cases.save_case(job, result["parts"]["stall"]["gib"], seconds))
     return found
 

@@ -87,7 +87,7 @@ def iteration_cases(
     train = update_work(architecture, config, layout, rows, ranks)
     challenger, reasoner = played_batches(metrics)
     play = play_work(architecture, EngineShape(), [challenger, reasoner])
-    sync = {"copy": metrics["sync/gib"] * 2**30, "hand_over": 1.0, "check": 1.0}
+    sync = {"copy": metrics["sync/gib"] * 2**30, "push": 1.0, "hand_over": 1.0, "check": 1.0}
     return [
         Case(f"{name} {part}", part, work, cores // ranks, metrics[f"seconds/{part}"], calibrates)
         for part, work in (("play", play), ("train", train), ("sync", sync), ("wake", {"hand_over": 1.0}))
@@ -95,18 +95,15 @@ def iteration_cases(
 
 
 def run_cases(result: Mapping[str, Any], architecture: ModelArchitecture, cores: int) -> list[Case]:
-    """The phases of runs of the quickstart's recipe, all timed iterations of a run together. Of the first run hand-over and check
-    are calibrated; what it plays and trains, and all of the others, is held out."""
+    """The phases of runs of the quickstart's recipe, of each phase the iteration with the median time. The first run calibrates,
+    the others are held out."""
     found = []
     for number, round_ in enumerate(result["rounds"], 1):
         phases: dict[str, list[Case]] = {}
         for each in round_["ours"]:
-            for case in iteration_cases(each["metrics"], architecture, "", False, cores=cores):
+            for case in iteration_cases(each["metrics"], architecture, f"run {number} iteration {each['iteration']}", number == 1, cores=cores):
                 phases.setdefault(case.part, []).append(case)
-        for part, cases in phases.items():
-            name = f"run {number}, {len(cases)} iterations' {part}"
-            work, seconds = added(*(case.work for case in cases)), sum(case.seconds for case in cases)
-            found.append(Case(name, part, work, cases[0].threads, seconds, number == 1 and part in ("sync", "wake")))
+        found += [sorted(cases, key=lambda case: case.seconds)[len(cases) // 2] for cases in phases.values()]
     return found
 
 
@@ -148,9 +145,15 @@ def engine_cases(result: Mapping[str, Any], architecture: ModelArchitecture) -> 
     return found
 
 
-def sync_case(result: Mapping[str, Any], name: str, calibrates: bool) -> Case:
-    """The sync suite's result."""
-    return Case(name, "sync", {"copy": result["gib"] * 2**30}, 1, result["seconds"], calibrates)
+def sync_case(gib: float, seconds: float, name: str, calibrates: bool) -> Case:
+    """A job of the sync suite."""
+    return Case(name, "sync", {"copy": gib * 2**30, "push": 1.0}, 1, seconds, calibrates)
+
+
+def quiet(seconds: Sequence[float]) -> float:
+    """The fastest tenth of many repetitions: of what takes a fraction of a second and moves memory, most of the spread is what others
+    who share the machine do to it."""
+    return sorted(seconds)[len(seconds) // 10]
 
 
 def save_case(job: Mapping[str, Any], written_gib: float, seconds: float) -> Case:
@@ -230,7 +233,7 @@ def committed_cases(results: Path, model: Path | ModelArchitecture) -> list[Case
         for result, chosen in zip(report["results"], calibrates, strict=True):
             cases.append(update_case({**_job(report["command"], result["layout"]), "calibrates": chosen}, result["seconds"], architecture))
     [sync] = json.loads((results / "sync-cpu" / "sync.json").read_text())["results"]
-    cases.append(sync_case(sync, "weights to an engine", True))
+    cases.append(sync_case(sync["gib"], sync["seconds"], "weights to an engine", True))
     [iteration] = json.loads((results / "iteration-cpu" / "iteration.json").read_text())["results"]
     for number, round_ in enumerate(iteration["rounds"]):
         for each in round_["ours"]:
@@ -254,13 +257,13 @@ def committed_gpu_cases(results: Path) -> list[Case]:
             job["title"] = f"{card}, {job['precision']}{'' if job['shared'] else ', nothing shared'}"
             cases.append(update_case(job, result["seconds"], architecture_of(job, {})))
     [sync] = json.loads((folder / "sync_8b.json").read_text())["results"]
-    cases.append(sync_case(sync, "H100, weights of an 8B to an engine", True))
+    cases.append(sync_case(sync["gib"], sync["seconds"], "H100, weights of an 8B to an engine", True))
     for precision in ("bf16", "fp8"):
         found = json.loads((folder / f"h200_iterations_{precision}.jsonl").read_text().splitlines()[1])
         state = found["save/gib"] * 2**30  # weights, masters and moments: what sleeps too
         hand_over = {"hand_over": 1.0, "save_copy": state}
         cases.append(Case(f"H200, {precision} iteration, wake", "wake", hand_over, 1, found["seconds/wake"], True))
-        work = added(hand_over, {"copy": found["sync/gib"] * 2**30, "check": 1.0}, save_work(state))
+        work = added(hand_over, {"copy": found["sync/gib"] * 2**30, "push": 1.0, "check": 1.0}, save_work(state))
         seconds = found["seconds/sync"] + found["seconds/save"]
         cases.append(Case(f"H200, {precision} iteration, sync and save", "sync", work, 1, seconds, True))
     return cases

@@ -40,6 +40,7 @@ TIMES = {
     "engine_step": "s",  # of decoding, for the whole batch
     "engine_sequence": "s",  # of decoding, for each sequence and step
     "engine_request": "s",
+    "push": "s",  # of beginning and ending the weights' way to an engine
     "hand_over": "s",  # sleep, wake, drain and barriers of one hand-over between engines and policy
     "check": "s",  # scoring the probe text on both sides after a sync
     "save": "s",  # of beginning a save

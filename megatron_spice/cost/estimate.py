@@ -103,7 +103,7 @@ def sync_work(config: Config, architecture: ModelArchitecture, moved: float) -> 
     """The weights' way to the engines, from the policy's going to sleep, for which `moved` bytes go to the host, to the check."""
     size = 4.0 if config.policy.precision == "fp32" else 1.0 if config.rollout.weights == "fp8" else 2.0
     return {
-        "copy": size * engine_parameters(architecture, 1), "hand_over": HAND_OVERS, "check": float(config.rollout.verify_sync),
+        "copy": size * engine_parameters(architecture, 1), "push": 1.0, "hand_over": HAND_OVERS, "check": float(config.rollout.verify_sync),
         "save_copy": moved,
     }  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_a_save_and_a_hand_over_move_what_the_memory_table_says(name, tmp_path):
     moved = H100.seconds({"save_copy": host(tmp_path, name, "copies of what sleeps")})
     uncovered = found["wake"] - H100.seconds({"hand_over": 1.0})
     assert moved * 0.999 <= uncovered < (1.001 if layout.pipeline == 1 else 1.5) * moved
-    sent_and_checked = H100.seconds({"copy": 2.0 * engine_parameters(architecture, 1), "check": 1.0})
+    sent_and_checked = H100.seconds({"copy": 2.0 * engine_parameters(architecture, 1), "push": 1.0, "check": 1.0})
     assert found["sync"] == pytest.approx(found["wake"] + sent_and_checked), "there and back"
 
 
