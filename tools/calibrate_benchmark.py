@@ -152,14 +152,14 @@ def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> lis
 
 def calibrated(results: Sequence[dict[str, Any]], architecture: Any = None, name: str | None = None) -> dict[str, Any]:
     """The device's file that follows from the results. `name`: of the device, if it is not this machine's."""
-    import cost_cases
+    import cost_fit
 
     from megatron_spice.cost.device import default_file, read_device
 
     about = machine.processor()
     before = read_device(default_file(results[0]["job"]["device"]))
     cases = cases_of(results, architecture)
-    return cost_cases.calibration(name or f"{about['cores']} cores of {about['model']}", cases, before, "tools/benchmark.py calibrate")
+    return cost_fit.calibration(name or f"{about['cores']} cores of {about['model']}", cases, before, "tools/benchmark.py calibrate")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

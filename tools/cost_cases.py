@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Measured cases of the cost model: from the results of benchmarks, the work that the model counts and the seconds it took.
-
-`fit` finds the constants of least squared relative error; a weak pull to what was assumed before keeps those in place that the
-cases cannot tell apart. `calibration` writes a device's file.
+`cost_fit.py` makes constants of them.
 
     python tools/cost_cases.py HUGGING_FACE_FOLDER            the cases in docs/results beside what the package's file predicts
     python tools/cost_cases.py HUGGING_FACE_FOLDER --write    and makes that file anew from them
@@ -14,7 +12,6 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from benchmark_options import columns  # noqa: E402
+from cost_fit import Case, calibration  # noqa: E402
 from policy_benchmark import make_trajectories, stack_config  # noqa: E402
 
 from megatron_spice.config.hf import ModelArchitecture, read_architecture  # noqa: E402
 from megatron_spice.config.layout import ParallelLayout  # noqa: E402
 from megatron_spice.config.schema import PolicyConfig  # noqa: E402
-from megatron_spice.cost.device import RATES, SHARED_BY_THREADS, TIMES, Device, Work, added, default_file, read_device  # noqa: E402
+from megatron_spice.cost.device import added, default_file, read_device  # noqa: E402
 from megatron_spice.cost.estimate import save_work  # noqa: E402
 from megatron_spice.cost.play import Batch, EngineShape, batch_work, play_work  # noqa: E402
 from megatron_spice.cost.update import update_work  # noqa: E402
@@ -35,28 +33,6 @@ from megatron_spice.game.records import Trajectory  # noqa: E402
 from megatron_spice.policy.memory_budget import bytes_saved, bytes_written  # noqa: E402
 from megatron_spice.policy.packing import Block, Cost, Row, plan_rows  # noqa: E402
 from megatron_spice.policy.parameter_count import RankParameters  # noqa: E402
-
-PRIOR = 1e-3
-"""Weight of the square of a constant's logarithmic distance from what was assumed: ten times as much is like a case off by 7 %."""
-STEPS = 1000
-SEEN = 0.03
-"""A constant is measured if it is such a share of at least one case."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What was measured: `seconds` for this work on so many threads; `calibrates`: the constants may come from it."""
-
-    name: str
-    part: str
-    work: Work
-    threads: int
-    seconds: float
-    calibrates: bool
-
-    def off(self, device: Device) -> float:
-        """Prediction / measurement - 1."""
-        return device.seconds(self.work, self.threads) / self.seconds - 1.0
 
 
 def architecture_of(job: Mapping[str, Any], shapes: Mapping[str, ModelArchitecture]) -> ModelArchitecture:
@@ -162,63 +138,6 @@ def save_case(job: Mapping[str, Any], written_gib: float, seconds: float) -> Cas
     policy, one = PolicyConfig.model_validate({"model": "unused", "precision": job["precision"]}), RankParameters(1, 1, {})
     copied = written_gib * 2**30 / job["ranks"] * bytes_saved(policy, one) / bytes_written(policy, one)
     return Case(job["title"], "save", save_work(copied), 1, seconds, job["calibrates"])
-
-
-def fit(cases: Sequence[Case], before: Device) -> dict[str, float]:
-    """Seconds for one unit of each kind of work that these cases have: those of the least sum of squares of relative errors and,
-    weighted by `PRIOR`, of the logarithms of how far each is from what it was `before`. Levenberg's and Marquardt's method over the
-    logarithms, so that none is below zero and a tenth is as far away as ten times."""
-    import numpy as np
-
-    names = sorted({name for case in cases for name, amount in case.work.items() if amount})
-    known = np.array([before.constants[name].seconds for name in names])
-    shares = np.array([[_amount(case, name) / case.seconds for name in names] for case in cases]) * known
-    hold = np.sqrt(PRIOR) * np.eye(len(names))
-
-    def off(logarithms: Any) -> Any:
-        return np.concatenate([shares @ np.exp(logarithms) - 1.0, hold @ logarithms])
-
-    found, damping = np.zeros(len(names)), 1.0
-    for _ in range(STEPS):
-        residual, slopes = off(found), np.vstack([shares * np.exp(found), hold])
-        step = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(names)), -slopes.T @ residual).clip(-1.0, 1.0)
-        better = np.square(off(found + step)).sum() < np.square(residual).sum()
-        found, damping = (found + step, damping / 3.0) if better else (found, damping * 4.0)
-        if np.abs(step).max() < 1e-9:
-            break
-    return dict(zip(names, (np.exp(found) * known).tolist()))
-
-
-def _amount(case: Case, constant: str) -> float:
-    return case.work.get(constant, 0.0) / (case.threads if constant in SHARED_BY_THREADS else 1)
-
-
-def calibration(name: str, cases: Sequence[Case], before: Device, source: str) -> dict[str, Any]:
-    """A device's file: constants that the cases give, and the others as they were in `before`."""
-    constants: dict[str, Any] = {}
-    for part in ("train", "play", "wake", "sync", "save"):
-        chosen = [case for case in cases if case.calibrates and case.part == part]
-        if part == "sync":
-            known = constants.get("hand_over", {}).get("value")
-            if known is not None:
-                chosen = [_less(case, "hand_over", known) for case in chosen]
-        for constant, seconds in (fit(chosen, before) if chosen else {}).items():
-            unit = (RATES | TIMES)[constant]
-            value = seconds if unit == "s" else 1.0 / seconds if seconds > 0 else 1e18  # so fast that it does not count
-            seen = max(_amount(case, constant) * seconds / case.seconds for case in chosen) >= SEEN
-            words = source if seen else f"{source}; too little of any case to be measured"
-            constants[constant] = {"value": float(f"{value:.4g}"), "unit": unit, "source": words, "measured": seen}
-    kept = {
-        each: {"value": old.value, "unit": old.unit, "source": old.source, "measured": old.measured}
-        for each, old in before.constants.items() if each not in constants
-    }  # fmt: skip
-    return {"device": name, "on_cpu": before.on_cpu, "constants": {each: (constants | kept)[each] for each in RATES | TIMES}}
-
-
-def _less(case: Case, constant: str, seconds: float) -> Case:
-    """The case without what a known constant takes of it."""
-    work = {name: amount for name, amount in case.work.items() if name != constant}
-    return Case(case.name, case.part, work, case.threads, case.seconds - case.work.get(constant, 0.0) * seconds, case.calibrates)
 
 
 def committed_cases(results: Path, model: Path | ModelArchitecture) -> list[Case]:

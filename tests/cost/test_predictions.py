@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import calibrate_benchmark  # noqa: E402
 import cost_cases  # noqa: E402
+import cost_fit  # noqa: E402
 import scaling_benchmark  # noqa: E402
 
 from megatron_spice.config.hf import ModelArchitecture  # noqa: E402
@@ -33,7 +34,7 @@ CALIBRATED_CASES = calibrate_benchmark.cases_of(CALIBRATED, SMOLLM2)
 CALIBRATION = json.loads((RESULTS / "cost-cpu" / "calibration.json").read_text())
 
 
-def named(cases: list[cost_cases.Case]):
+def named(cases: list[cost_fit.Case]):
     return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case.part}: {case.name}")
 
 
@@ -70,7 +71,7 @@ def test_cases_that_gave_no_constant_are_of_every_phase(cases, parts):
 
 def test_the_committed_constants_are_those_of_the_committed_results():
     for made, committed in (
-        (cost_cases.calibration(CPU.name, CASES, CPU, ""), json.loads(default_file("cpu").read_text())),
+        (cost_fit.calibration(CPU.name, CASES, CPU, ""), json.loads(default_file("cpu").read_text())),
         (calibrate_benchmark.calibrated(CALIBRATED, SMOLLM2), CALIBRATION),
     ):  # fmt: skip
         for name, about in made["constants"].items():
@@ -87,8 +88,8 @@ def test_the_constants_that_made_the_cases_are_found_again(factors, seed):
     for number in range(9):
         shares = [0.9 if number % 3 == place else 0.05 for place in range(3)]
         work = {name: share * rng.uniform(1.0, 20.0) / true[name] for name, share in zip(names, shares)}
-        cases.append(cost_cases.Case("made", "play", work, 1, sum(work[name] * true[name] for name in names), True))
-    assert cost_cases.fit(cases, CPU) == pytest.approx(true, rel=0.05)
+        cases.append(cost_fit.Case("made", "play", work, 1, sum(work[name] * true[name] for name in names), True))
+    assert cost_fit.fit(cases, CPU) == pytest.approx(true, rel=0.05)
 
 
 def test_the_prediction_depends_on_the_device():
