@@ -93,11 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "suite": options.suite, "command": command, "seed": options.seed, "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(), "versions": {n: machine.version(n) for n in VERSIONS}, "results": results,
     }  # fmt: skip
+    name = options.name or options.suite
+    if options.output:  # what was measured first: a table may fail
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     text = suite.table(results)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        name = options.name or options.suite
-        (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.output / f"{name}.txt").write_text(text + "\n")
         if results and hasattr(suite, "finish"):
             suite.finish(results, options.output, name)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_options import columns, need_model_folder, positive, refuse
+from benchmark_options import need_model_folder, positive, refuse
 
 from megatron_spice import machine
 
@@ -69,7 +69,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     for precision in precisions if "sync" in kinds else ():
         rollout = {"bucket_mb": 256, "max_total_tokens": 4096, "server": {}}
         short.append({**shared, "kind": "sync", "title": f"sync {precision}", "ranks": 1, "threads": cores, "model": options.model,
-                      "layers": None, "precision": precision, "rollout": rollout, "calibrates": precision == options.precision})  # fmt: skip
+                      "layers": None, "precision": precision, "rollout": rollout, "calibrates": True})  # fmt: skip
     for precision, ranks in [(each, ranks) for each in precisions for ranks in (1, 2)] if "checkpoint" in kinds else ():
         short.append({**shared, "kind": "checkpoint", "title": f"save {precision} DP={ranks}", "ranks": ranks, "precision": precision,
                       "threads": max(1, cores // ranks), "model": options.model, "folder": None, "whole": False,
@@ -79,10 +79,16 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _runs(options: argparse.Namespace, shared: dict[str, Any], cores: int) -> dict[str, Any]:
+    from megatron_spice.config.errors import ConfigError
     from megatron_spice.config.loader import load_config
 
     overrides = [f"policy.model={options.model}", f"policy.precision={options.precision}", f"train.seed={options.seed}"]
-    corpus = load_config(RECIPE, overrides).corpus.path
+    if shared["device"] != "cpu":
+        refuse("--only iteration is for CPUs: there the quickstart's recipe is what it is counted as")
+    try:
+        corpus = load_config(RECIPE, overrides).corpus.path
+    except ConfigError as error:
+        refuse(str(error))
     if not (corpus / "manifest.json").exists():
         without = ",".join(kind for kind in KINDS if kind != "iteration")
         refuse(f"the corpus of {RECIPE}, {corpus}, is not there: bash examples/quickstart.sh makes it; without whole runs: --only {without}")
@@ -138,9 +144,9 @@ def cases_of(results: Sequence[dict[str, Any]], architecture: Any = None) -> lis
         if job["kind"] == "policy":
             found.append(cost_cases.update_case(job, result["seconds"], cost_cases.architecture_of(job, {})))
         elif job["kind"] == "engine":
-            found += cost_cases.engine_cases(result, architecture or read_architecture(Path(job["model"])))
+            found += cost_cases.engine_cases(result, architecture or read_architecture(Path(job["model"])), job["precision"])
         elif job["kind"] == "iteration":
-            found += cost_cases.run_cases(result, architecture or read_architecture(Path(job["model"])), job["threads"])
+            found += cost_cases.run_cases(job, result, architecture or read_architecture(Path(job["model"])))
         elif job["kind"] == "sync":
             seconds = cost_cases.quiet([each for found_in in rounds for each in found_in["all_seconds"]["sync"][1:]])
             found.append(cost_cases.sync_case(result["gib"], seconds, job["title"], job["calibrates"]))
@@ -157,7 +163,7 @@ def calibrated(results: Sequence[dict[str, Any]], architecture: Any = None, name
     from megatron_spice.cost.device import default_file, read_device
 
     about = machine.processor()
-    before = read_device(default_file(results[0]["job"]["device"]))
+    before = read_device(cost_fit.ASSUMED if results[0]["job"]["device"] == "cpu" else default_file("cuda"))
     cases = cases_of(results, architecture)
     return cost_fit.calibration(name or f"{about['cores']} cores of {about['model']}", cases, before, "tools/benchmark.py calibrate")
 
@@ -166,12 +172,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Each case, measured and predicted by the constants that follow from those that calibrate."""
     if not results:
         return "nothing was measured"
+    import cost_fit
+
     device = device_of(calibrated(results))
-    rows = [["part", "case", "", "measured s", "predicted s", "off"]]
-    for case in cases_of(results):
-        predicted = device.seconds(case.work, case.threads)
-        rows.append([case.part, case.name, "" if case.calibrates else "held out", f"{case.seconds:.3f}", f"{predicted:.3f}", f"{case.off(device):+.1%}"])
-    return columns(rows)
+    return cost_fit.table(cases_of(results), device)
 
 
 def finish(results: Sequence[dict[str, Any]], folder: Path, name: str) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from benchmark_options import columns  # noqa: E402
-from cost_fit import Case, calibration  # noqa: E402
+from cost_fit import ASSUMED, Case, calibration, table  # noqa: E402
 from policy_benchmark import make_trajectories, stack_config  # noqa: E402
 
 from megatron_spice.config.hf import ModelArchitecture, read_architecture  # noqa: E402
@@ -50,34 +49,45 @@ def update_case(job: Mapping[str, Any], seconds: Sequence[float], architecture: 
     multiple = layout.pipeline if layout.virtual > 1 else 1
     plan = plan_rows(trajectories, job["row_tokens"], layout.data, job["shared"], Cost.of(architecture), multiple)
     work = update_work(architecture, config, layout, plan[0], job["ranks"])
-    return Case(job["title"], "train", work, job["threads"] or 1, statistics.median(seconds), job["calibrates"])
+    threads = job["threads"] or 1 if job.get("device", "cpu") == "cpu" else 1  # an accelerator's rates are not a host core's
+    return Case(job["title"], "train", work, threads, statistics.median(seconds), job["calibrates"])
 
 
 def iteration_cases(
-    metrics: Mapping[str, float], architecture: ModelArchitecture, name: str, calibrates: bool, ranks: int = 2, cores: int = 2
-) -> list[Case]:
+    metrics: Mapping[str, float], architecture: ModelArchitecture, name: str, calibrates: bool, ranks: int = 2, cores: int = 2,
+    precision: str = "bf16",
+) -> list[Case]:  # fmt: skip
     """The phases of an iteration of the quickstart's recipe, by what its metrics say was played and trained on."""
-    config = PolicyConfig.model_validate({"model": "unused", "pipeline_parallel_size": ranks, "tokens_per_microbatch": 640})
+    settings = {"model": "unused", "precision": precision, "pipeline_parallel_size": ranks, "tokens_per_microbatch": 640}
+    config = PolicyConfig.model_validate(settings)
     layout = ParallelLayout.of(config, architecture, ranks)
     rows = even_rows(metrics["policy/tokens"], metrics["policy/completion_tokens"], 640)
     train = update_work(architecture, config, layout, rows, ranks)
     challenger, reasoner = played_batches(metrics)
-    play = play_work(architecture, EngineShape(), [challenger, reasoner])
+    play = play_work(architecture, _engine(precision), [challenger, reasoner])
     sync = {"copy": metrics["sync/gib"] * 2**30, "push": 1.0, "hand_over": 1.0, "check": 1.0}
     return [
-        Case(f"{name} {part}", part, work, cores // ranks, metrics[f"seconds/{part}"], calibrates)
+        Case(f"{name} {part}", part, work, max(1, cores // ranks), metrics[f"seconds/{part}"], calibrates)
         for part, work in (("play", play), ("train", train), ("sync", sync), ("wake", {"hand_over": 1.0}))
     ]
 
 
-def run_cases(result: Mapping[str, Any], architecture: ModelArchitecture, cores: int) -> list[Case]:
-    """The phases of runs of the quickstart's recipe, of each phase the iteration with the median time. The first run calibrates,
-    the others are held out."""
+def _engine(precision: str) -> EngineShape:
+    size = 4.0 if precision == "fp32" else 2.0
+    return EngineShape(weight_bytes=size, cache_bytes=size)
+
+
+def run_cases(job: Mapping[str, Any], result: Mapping[str, Any], architecture: ModelArchitecture) -> list[Case]:
+    """The phases of runs of the quickstart's recipe, of each phase the iteration with the median time, of those that had a task. The
+    first run calibrates, the others are held out."""
     found = []
     for number, round_ in enumerate(result["rounds"], 1):
         phases: dict[str, list[Case]] = {}
-        for each in round_["ours"]:
-            for case in iteration_cases(each["metrics"], architecture, f"run {number} iteration {each['iteration']}", number == 1, cores=cores):
+        for each in [each for each in round_["ours"] if "reasoner/length" in each["metrics"]]:
+            name = f"run {number} iteration {each['iteration']}"
+            for case in iteration_cases(
+                each["metrics"], architecture, name, number == 1, cores=job["threads"], precision=job["precision"]
+            ):  # fmt: skip
                 phases.setdefault(case.part, []).append(case)
         found += [sorted(cases, key=lambda case: case.seconds)[len(cases) // 2] for cases in phases.values()]
     return found
@@ -109,13 +119,13 @@ def even_rows(tokens: float, completions: float, budget: int) -> list[Row]:
     return [(Block(prompt, group),) for _ in range(count)]
 
 
-def engine_cases(result: Mapping[str, Any], architecture: ModelArchitecture) -> list[Case]:
+def engine_cases(result: Mapping[str, Any], architecture: ModelArchitecture, precision: str) -> list[Case]:
     """Batches of `calibrate_engine.py`, each with its median run."""
     found = []
     for batch in result["batches"]:
         run = sorted(batch["runs"], key=lambda each: each["seconds"])[len(batch["runs"]) // 2]
         lengths = [float(length) for group in run["lengths"] for length in group]
-        work = batch_work(architecture, EngineShape(), Batch(batch["prompts"], batch["prompt"], lengths))
+        work = batch_work(architecture, _engine(precision), Batch(batch["prompts"], batch["prompt"], lengths))
         name = f"{batch['prompts']} prompts of {batch['prompt']}, {batch['samples']} x {batch['completion']}"
         found.append(Case(name, "play", work, 1, run["seconds"], batch["calibrates"]))
     return found
@@ -209,17 +219,13 @@ def _job(command: str, layout: str) -> dict[str, Any]:
 
 def _main(arguments: Sequence[str]) -> None:
     folder, *rest = arguments
-    cases = committed_cases(ROOT / "docs" / "results", Path(folder))
-    path = default_file("cpu")
+    results, path = ROOT / "docs" / "results", default_file("cpu")
+    cases = committed_cases(results, Path(folder))
     if rest == ["--write"]:
         source = "least squares over docs/results/policy-cpu, sync-cpu and iteration-cpu"
-        path.write_text(json.dumps(calibration("two cores of an AMD EPYC (AVX-512, bf16)", cases, read_device(path), source), indent=1) + "\n")
-    device = read_device(path)
-    rows = [["part", "case", "", "measured s", "predicted s", "off"]]
-    for case in cases:
-        predicted = device.seconds(case.work, case.threads)
-        rows.append([case.part, case.name, "" if case.calibrates else "held out", f"{case.seconds:.3f}", f"{predicted:.3f}", f"{case.off(device):+.1%}"])
-    print(columns(rows))
+        made = calibration("two cores of an AMD EPYC (AVX-512, bf16)", cases, read_device(ASSUMED), source)
+        path.write_text(json.dumps(made, indent=1) + "\n")
+    print(table(cases, read_device(path)), table(committed_gpu_cases(results), read_device(default_file("cuda"))), sep="\n\n")
 
 
 if __name__ == "__main__":

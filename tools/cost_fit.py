@@ -1,19 +1,27 @@
 """A device's constants from measured cases of the cost model (`cost_cases.py`).
 
-`fit` finds the constants of least squared relative error; a weak pull to what was assumed before keeps those in place that the
-cases cannot tell apart. `calibration` makes a device's file of them.
+`fit` finds the constants of least squared relative error; a weak pull to what was assumed before (`cost_assumed.json` for CPUs) keeps
+those in place that the cases cannot tell apart. `calibration` makes a device's file of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from benchmark_options import columns
 
 from megatron_spice.cost.device import RATES, SHARED_BY_THREADS, TIMES, Device, Work
 
-PRIOR = 1e-3
-"""Weight of the square of a constant's logarithmic distance from what was assumed: ten times as much is like a case off by 7 %."""
+ASSUMED = Path(__file__).with_name("cost_assumed.json")
+"""What a CPU's constants are taken to be before anything is measured."""
+PRIOR, FIRM = 1e-3, 1e-1
+"""Weight of the square of a constant's logarithmic distance from what was assumed: ten times as much is like a case off by 7 %. That
+of `KNOWN` is larger: twice as much is like a case off by 22 %."""
+KNOWN = ("elements", "optimizer")
+"""Memory traffic, too little of any small case to be found by it, and of large models more. A processor's bandwidth is known."""
 STEPS = 1000
 SEEN = 0.03
 """A constant is measured if it is such a share of at least one case."""
@@ -37,14 +45,14 @@ class Case:
 
 def fit(cases: Sequence[Case], before: Device) -> dict[str, float]:
     """Seconds for one unit of each kind of work that these cases have: those of the least sum of squares of relative errors and,
-    weighted by `PRIOR`, of the logarithms of how far each is from what it was `before`. Levenberg's and Marquardt's method over the
+    weighted by `PRIOR` or `FIRM`, of the logarithms of how far each is from what it was `before`. Levenberg's and Marquardt's method over the
     logarithms, so that none is below zero and a tenth is as far away as ten times."""
     import numpy as np
 
     names = sorted({name for case in cases for name, amount in case.work.items() if amount})
     known = np.array([before.constants[name].seconds for name in names])
     shares = np.array([[_amount(case, name) / case.seconds for name in names] for case in cases]) * known
-    hold = np.sqrt(PRIOR) * np.eye(len(names))
+    hold = np.diag(np.sqrt([FIRM if name in KNOWN else PRIOR for name in names]))
 
     def off(logarithms: Any) -> Any:
         return np.concatenate([shares @ np.exp(logarithms) - 1.0, hold @ logarithms])
@@ -90,3 +98,12 @@ def _less(case: Case, constant: str, seconds: float) -> Case:
     """The case without what a known constant takes of it."""
     work = {name: amount for name, amount in case.work.items() if name != constant}
     return Case(case.name, case.part, work, case.threads, case.seconds - case.work.get(constant, 0.0) * seconds, case.calibrates)
+
+
+def table(cases: Sequence[Case], device: Device) -> str:
+    """Each case, measured and predicted."""
+    rows = [["part", "case", "", "measured s", "predicted s", "off"]]
+    for case in cases:
+        predicted = device.seconds(case.work, case.threads)
+        rows.append([case.part, case.name, "" if case.calibrates else "held out", f"{case.seconds:.3f}", f"{predicted:.3f}", f"{case.off(device):+.1%}"])
+    return columns(rows)

@@ -2,7 +2,7 @@
 
 Formulas elsewhere count work (`{"matmul": 3e12, "row_layers": 40, ...}`); a constant says how fast it goes: a rate in FLOP/s
 or B/s, or seconds each. Seconds are the sum over the work, so that the constants of a machine follow from measured cases by
-linear least squares, and a reader sees which part of a prediction comes from where.
+least squares, and a reader sees which part of a prediction comes from where.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def test_a_case_is_measured_and_its_work_is_counted(tmp_path: Path, kind: str, w
 def test_runs_without_their_corpus_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
     model = make_model(tmp_path / "hf", "llama", tied=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrate_benchmark.machine, "device", lambda wanted: "cpu")
     with pytest.raises(SystemExit) as refused:
         calibrate_benchmark.jobs(_parser().parse_args(["calibrate", "--model", str(model), "--only", "policy,iteration"]))
     said = str(refused.value)
