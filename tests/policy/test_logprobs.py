@@ -70,7 +70,8 @@ def test_equals_log_softmax(chunk, temperature, with_entropy_grad):
 def test_any_shape_and_tile(n, vocab, padding, chunk, temperature, with_entropy_grad, seed):
     inputs = _inputs(n, vocab, vocab + padding, seed)
     ours = _ours(*inputs, temperature=temperature, chunk=chunk, vocab_size=vocab, with_entropy_grad=with_entropy_grad)
-    _check(ours, _reference(*inputs, temperature, vocab, with_entropy_grad), atol=1e-4)
+    # Backward reads a normaliser that is rounded at the size of the largest logit, here some 30, and is multiplied by up to 9 / 0.5.
+    _check(ours, _reference(*inputs, temperature, vocab, with_entropy_grad), atol=5e-4)
 
 
 def test_logits_far_apart():

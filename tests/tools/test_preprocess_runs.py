@@ -80,7 +80,9 @@ def finished(folder: Path) -> list[str]:
 @pytest.fixture
 def begun(command: list[str], tmp_path: Path) -> Iterator[subprocess.Popen]:
     """The command at work, with a first part finished."""
-    process = subprocess.Popen([*command, *SLOW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # What a shell runs in the background ignores SIGINT, and so do its children: these tests too.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen([*command, *SLOW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     until = time.monotonic() + 60
     while not finished(tmp_path) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
