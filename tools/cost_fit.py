@@ -7,7 +7,7 @@ those in place that the cases cannot tell apart. `calibration` makes a device's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ of `KNOWN` is larger: twice as much is like a case off by 22 %."""
 KNOWN = ("elements", "optimizer")
 """Memory traffic, too little of any small case to be found by it, and of large models more. A processor's bandwidth is known."""
 STEPS = 1000
-SEEN = 0.03
-"""A constant is measured if it is such a share of at least one case."""
+SEEN, STAYS = 0.03, 0.2
+"""A constant is measured if it is such a share of at least one case, and moves by less than so much where it is assumed to be three
+times what it is: what cases cannot tell from others, and what is held, is not."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,21 @@ def calibration(name: str, cases: Sequence[Case], before: Device, source: str) -
         for constant, seconds in (fit(chosen, before) if chosen else {}).items():
             unit = (RATES | TIMES)[constant]
             value = seconds if unit == "s" else 1.0 / seconds
-            seen = max(_amount(case, constant) * seconds / case.seconds for case in chosen) >= SEEN
-            words = source if seen else f"{source}; too little of any case to be measured"
+            share = max(_amount(case, constant) * seconds / case.seconds for case in chosen)
+            seen = share >= SEEN and abs(_assumed_thrice(chosen, before, constant) / seconds - 1.0) < STAYS
+            words = source if seen else f"{source}, which leave it open: near what is assumed"
             constants[constant] = {"value": float(f"{value:.4g}"), "unit": unit, "source": words, "measured": seen}
     kept = {
         each: {"value": old.value, "unit": old.unit, "source": old.source, "measured": old.measured}
         for each, old in before.constants.items() if each not in constants
     }  # fmt: skip
     return {"device": name, "on_cpu": before.on_cpu, "constants": {each: (constants | kept)[each] for each in RATES | TIMES}}
+
+
+def _assumed_thrice(cases: Sequence[Case], before: Device, constant: str) -> float:
+    """What the constant would be found to be."""
+    old = before.constants[constant]
+    return fit(cases, replace(before, constants={**before.constants, constant: replace(old, value=3.0 * old.value)}))[constant]
 
 
 def _less(case: Case, constant: str, seconds: float) -> Case:

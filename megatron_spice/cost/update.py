@@ -47,11 +47,12 @@ def update_work(
     # Interleaved stages need rows of one length: short and empty ones are filled up, and computed so.
     filled = max(map(num_tokens, rows), default=0) if layout.equal_rows else 0
     rows = [row for row in rows if row or filled]
+    held = [rank_parameters(architecture, layout, stage).held for stage in range(stages)]
+
     def through(row: Row, stage: int) -> Work:
         tokens = max(filled, num_tokens(row))
-        held = rank_parameters(architecture, layout, stage).held
         work = (_row_work(architecture, config, layout, row, tokens, chunk) for chunk in _chunks(layout, stage))
-        return added(*work, {"elements": ADDED * held})
+        return added(*work, {"elements": ADDED * held[stage]})
 
     total = added(*(through(row, stages - 1) for row in rows))
     for stage in range(stages - 1 if rows else 0):

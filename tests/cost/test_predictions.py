@@ -121,6 +121,15 @@ def test_the_constants_that_made_the_cases_are_found_again(factors, seed):
     assert cost_fit.fit(cases, CPU) == pytest.approx(true, rel=0.05)
 
 
+def test_what_the_cases_leave_open_is_not_called_measured():
+    """Two kinds of work that always go together, as much of each, beside one that is alone in a case."""
+    works = [{"engine_step": 1.0, "engine_sequence": 10.0, "engine_request": 2.0}, {"engine_request": 9.0}]
+    cases = [cost_fit.Case("made", "play", work, 1, CPU.seconds(work), True) for work in works]
+    made = cost_fit.calibration("made", cases, CPU, "made")["constants"]
+    found = {name: made[name]["measured"] for name in ("engine_step", "engine_sequence", "engine_request")}
+    assert found == {"engine_step": False, "engine_sequence": False, "engine_request": True}
+
+
 def test_the_prediction_depends_on_the_device():
     """Halving a rate that matters moves a prediction out of the tolerance, so the test above can fail."""
     found = json.loads(default_file("cpu").read_text())
